@@ -1,0 +1,26 @@
+"""Where DeepSpeed's kernels are compiled, and whether they can be.
+
+PyTorch keeps compiled extensions in one folder per user and Python version; two virtual
+environments would then rebuild each other's kernels at every start. Each environment gets its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def use_own_build_folder() -> Path:
+    """Returns the folder for compiled kernels; TORCH_EXTENSIONS_DIR, if set, stays in force."""
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "unidec_ds" / f"kernels-{environment}"
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)))
+
+
+def compiler() -> str | None:
+    """Returns the C++ compiler's path, None where there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
