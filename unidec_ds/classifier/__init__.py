@@ -1,0 +1,1 @@
+"""The one-vs-all classifier: one weight row per label, updated row-sparsely."""

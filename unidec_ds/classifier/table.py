@@ -1,0 +1,363 @@
+"""The classifier table: one free weight row per label, fetched and updated row-sparsely.
+
+What ZeRO-Offload does to a whole model, done to a step's touched rows alone: weights and moments
+stay in host memory (or in mapped files, or on the accelerator), the pool's rows are copied to the
+device as a leaf, its gradient comes back, and those rows are updated on the CPU. A step costs what
+the pool costs, whatever L is. Rank r holds the labels with `label_id % W == r`; rows are never
+communicated.
+
+Cost of a step, R rows of this rank: R·D·4 bytes to the device and back, and 28·R·D bytes of host
+memory traffic in format fp32. The host work goes through blocks small enough for the cache, so
+that a row's moments are read from memory once and written once.
+
+Shape legend: R touched rows, D width, L labels, W ranks, n ids of one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unidec_ds.classifier import partition
+from unidec_ds.classifier.capacity import check_fits
+from unidec_ds.classifier.row_adam import KernelName, RowAdam
+from unidec_ds.classifier.row_copy import RowCopier, TorchCopier, native_copier
+from unidec_ds.classifier.row_formats import (
+    BiasCorrection,
+    FormatName,
+    bytes_per_label,
+    column_types,
+    rounding_row_keys,
+    xavier_rows,
+)
+from unidec_ds.classifier.storage import Placement, allocate
+from unidec_ds.errors import CheckpointError
+from unidec_ds.settings import Settings
+
+Ids = NDArray[np.int64]
+
+_BLOCK_ELEMENTS = 196_608  # of a thread: 256 rows at D = 768, with moments 3 MiB of cache
+_INITIAL_ROWS, _COPY_ROWS = 1024, 65_536
+
+
+class ClassifierConfig(Settings):
+    """Recipe section `classifier`."""
+
+    format: FormatName = "fp32"
+    """What a row and its moments are stored as; D is the width. fp32: 12·D bytes a label.
+    bf16_moments: 8·D. bf16: rows too, 6·D. rowwise: bf16 rows and one second moment a row, no first
+    moment, 2·D + 4."""
+    init: Literal["xavier", "label_text"] = "xavier"
+    """Initial rows: Xavier-uniform, or the embeddings of the label texts."""
+    kernel: KernelName = "cpu_adam"
+    """DeepSpeed's CPUAdam (needs a C++ compiler once), or torch. Tables on the accelerator and the
+    rowwise format always use torch."""
+    bias_correction: BiasCorrection = "global"
+    """Adam's bias correction by the number of steps of the run, or of each row's own updates
+    (4 bytes more a label). With global, a row first touched late moves 3.2 learning rates."""
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The rows of one step, between `fetch` and `apply`."""
+
+    leaf: Tensor  # [R, D] on the device; the same memory as `packed` where that is the host's
+    packed: Tensor  # fp32 [R, D] beside the table: the rows as stored
+    label_ids: Ids
+    index: Tensor  # int64 [R], the rows of this shard, beside the table
+    staging: Tensor  # the flat memory that `packed` is part of
+
+
+class ClassifierTable:
+    """This rank's shard of the L x D classifier, with AdamW on the rows a step touches.
+
+    Weight decay is decoupled and falls on touched rows only, so a label's row decays in proportion
+    to how often it is in a pool.
+
+    Args:
+        num_labels: L, over all ranks.
+        width: D.
+        rank: this rank, 0..W-1.
+        world_size: W.
+        config: the recipe's section.
+        placement: where the shard lives.
+        device: where the loss is computed.
+        seed: keys the initial rows and the stochastic rounding.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's.
+        local_world_size: ranks that share this machine's memory and disk.
+
+    Raises:
+        UserError: the shard does not fit (found before anything is allocated), or `nvme_path`
+            cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_labels: int,
+        width: int,
+        rank: int,
+        world_size: int,
+        config: ClassifierConfig,
+        placement: Placement,
+        device: torch.device,
+        seed: int,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        local_world_size: int = 1,
+    ) -> None:
+        self.num_labels, self.width = num_labels, width
+        self.rank, self.world_size = rank, world_size
+        self.num_rows = partition.num_local_rows(num_labels, rank, world_size)
+        self.step = 0
+        self._seed, self._device = seed, device
+        self._on_host = placement.kind != "device"
+        self._pin_memory = self._on_host and placement.pin_memory and device.type == "cuda"
+        self._format = config.format
+        self._column_types = column_types(config.format, config.bias_correction, width)
+        self.bytes_per_label = bytes_per_label(config.format, config.bias_correction, width)
+        check_fits(
+            num_labels,
+            width,
+            world_size,
+            config.format,
+            config.bias_correction,
+            placement,
+            device,
+            local_world_size,
+        )
+        native = self._on_host and config.kernel == "cpu_adam"
+        self._adam = RowAdam(
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            kernel="cpu_adam" if native and config.format != "rowwise" else "torch",
+        )
+        self._copier: RowCopier = (native_copier() if native else None) or TorchCopier()
+        self._columns = allocate(
+            placement,
+            self._column_types,
+            self.num_rows,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
+        self._moments: dict[str, Tensor] = {}
+        self._spare_staging: list[Tensor] = []
+        self._fetched: _Fetched | None = None
+        self._initialise()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of this rank's shard, where it lives."""
+        return self.bytes_per_label * self.num_rows
+
+    def fetch(self, label_ids: Ids) -> Tensor:
+        """Returns the labels' rows as a leaf that wants a gradient, fp32 [R, D] on the device.
+
+        Args:
+            label_ids: int64 [R], ascending, all owned by this rank; R may be 0.
+        """
+        assert (np.diff(label_ids) > 0).all(), "label ids of a step ascend and do not repeat"
+        index = self._index(label_ids)
+        staging = self._take_staging(len(label_ids) * self.width)
+        packed = staging[: len(label_ids) * self.width].view(-1, self.width)
+        self._copier.gather(self._columns, index, {"rows": packed})
+        leaf = packed.to(self._device, non_blocking=True).detach().requires_grad_()
+        self._fetched = _Fetched(leaf, packed, label_ids, index, staging)
+        return leaf
+
+    def apply(self, rows_RD: Tensor, *, lr: float) -> None:
+        """Takes one AdamW step on the rows of the last `fetch`; `step` grows by one.
+
+        Waits for the device, whose gradient is copied to the host. The leaf is used up: its memory
+        may be the next fetch's (where the device is the host, it holds the updated rows till then).
+
+        Args:
+            rows_RD: the leaf that `fetch` returned, with its gradient (none is needed if R is 0).
+            lr: learning rate of this step.
+        """
+        fetched = self._fetched
+        assert fetched is not None, "apply follows fetch"
+        assert rows_RD is fetched.leaf, "not the leaf of the last fetch"
+        self._fetched = None
+        self.step += 1
+        num_rows = len(fetched.label_ids)
+        if num_rows:
+            assert rows_RD.grad is not None
+            grads_RD, grads_staging = rows_RD.grad.contiguous(), None
+            if grads_RD.device != fetched.packed.device:
+                grads_staging = self._take_staging(grads_RD.numel())
+                on_host = grads_staging[: grads_RD.numel()].view_as(grads_RD)
+                grads_RD = on_host.copy_(grads_RD)
+            row_keys = np.zeros(num_rows, np.uint64)
+            if self._format != "fp32":
+                row_keys = rounding_row_keys(self._seed, self.step, fetched.label_ids)
+            block_rows = self._block_rows if self._on_host else num_rows
+            for start in range(0, num_rows, block_rows):
+                span = slice(start, min(start + block_rows, num_rows))
+                self._update(fetched, grads_RD, row_keys, span, lr)
+            if grads_staging is not None:
+                self._spare_staging.append(grads_staging)
+        self._spare_staging.append(fetched.staging)
+
+    def read(self, label_ids: Ids) -> Tensor:
+        """Returns the labels' rows, fp32 [n, D] on the host, in the order asked for."""
+        rows_nD = torch.empty(
+            len(label_ids), self.width, device=self._columns["rows"].tensor.device
+        )
+        self._copier.gather(self._columns, self._index(label_ids), {"rows": rows_nD})
+        return rows_nD.to("cpu")
+
+    def write(self, label_ids: Ids, rows_nD: Tensor) -> None:
+        """Overwrites the labels' rows; their moments stay. bf16 formats round to nearest.
+
+        Args:
+            label_ids: int64 [n], owned by this rank, not repeated.
+            rows_nD: [n, D] on any device.
+        """
+        assert rows_nD.shape == (len(label_ids), self.width)
+        rows = self._columns["rows"]
+        values_nD = rows_nD.detach().to(rows.tensor.device, rows.tensor.dtype).contiguous()
+        rows.scatter(self._index(label_ids), values_nD)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint saves: every column [rows of this rank, C] and `step` [1].
+
+        The columns are the table's own memory where it is on the host, copies where it is on the
+        accelerator.
+        """
+        columns = {name: column.tensor.to("cpu") for name, column in self._columns.items()}
+        return {**columns, "step": torch.tensor([self.step])}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over a `state` of the same rank of the same world size.
+
+        Raises:
+            CheckpointError: it is of another shape or format.
+        """
+        self.load_shard(tensors, self.rank, self.world_size)
+
+    def load_shard(self, tensors: Mapping[str, Tensor], old_rank: int, old_world_size: int) -> None:
+        """Takes over the rows of this rank from one rank's `state` at another world size.
+
+        Call it with the state of every old rank to take over the whole table.
+
+        Raises:
+            CheckpointError: the state is of another number of labels, width or format.
+        """
+        old_num_rows = partition.num_local_rows(self.num_labels, old_rank, old_world_size)
+        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        needed: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            name: ((old_num_rows, column.width), column.dtype)
+            for name, column in self._column_types.items()
+        }
+        needed["step"] = ((1,), torch.int64)
+        if found != needed:
+            raise CheckpointError(
+                f"the classifier table of rank {old_rank} of {old_world_size} in this checkpoint "
+                f"holds {_describe(found)}; this run's corpus, model.width, classifier.format "
+                f"({self._format}) and classifier.bias_correction need {_describe(needed)}. Resume "
+                "with the recipe it was saved with, or start a new run with --init_from."
+            )
+        for start in range(0, old_num_rows, _COPY_ROWS):
+            old_rows = np.arange(start, min(start + _COPY_ROWS, old_num_rows))
+            label_ids = partition.label_ids(old_rows, old_rank, old_world_size)
+            mine = partition.owner(label_ids, self.world_size) == self.rank
+            index, picked = self._index(label_ids[mine]), torch.from_numpy(mine.nonzero()[0])
+            for name, column in self._columns.items():
+                block = tensors[name][start : start + _COPY_ROWS].index_select(0, picked)
+                column.scatter(index, block.to(column.tensor.device))
+        self.step = int(tensors["step"])
+
+    def flush(self) -> None:
+        """Writes mapped files to disk; nothing to do in the other placements."""
+        for column in self._columns.values():
+            column.flush()
+
+    def _index(self, label_ids: Ids) -> Tensor:
+        """Returns the labels' rows in this shard, int64 [n] beside the table; checks they exist."""
+        if len(label_ids):
+            assert 0 <= label_ids.min() <= label_ids.max() < self.num_labels, "no such label"
+            mine = partition.owner(label_ids, self.world_size) == self.rank
+            assert mine.all(), "a label of another rank"
+        local_rows = torch.from_numpy(partition.local_row(label_ids, self.world_size))
+        return local_rows.to(self._columns["rows"].tensor.device)
+
+    def _initialise(self) -> None:
+        """Draws every row; about 5 ns an element."""
+        rows = self._columns["rows"].tensor
+        for start in range(0, self.num_rows, _INITIAL_ROWS):
+            local_rows = np.arange(start, min(start + _INITIAL_ROWS, self.num_rows))
+            label_ids = partition.label_ids(local_rows, self.rank, self.world_size)
+            drawn = xavier_rows(label_ids, self.num_labels, self.width, self._seed)
+            rows[start : start + len(drawn)] = drawn.to(rows.device)
+
+    def _take_staging(self, num_elements: int) -> Tensor:
+        """Returns flat fp32 memory beside the table, used before if that is large enough.
+
+        Fresh memory of a step's size would cost its page faults (or its page-locking) every step.
+        """
+        if self._spare_staging:
+            staging = self._spare_staging.pop()
+            if len(staging) >= num_elements:
+                return staging
+        device = self._columns["rows"].tensor.device
+        return torch.empty(num_elements * 5 // 4, device=device, pin_memory=self._pin_memory)
+
+    def _moments_of(self, num_rows: int) -> dict[str, Tensor]:
+        """Returns fp32 memory for the moments of a block, used again by the next block."""
+        for name, column in self._column_types.items():
+            if name.startswith("exp_avg") and len(self._moments.get(name, ())) < num_rows:
+                device = self._columns[name].tensor.device
+                self._moments[name] = torch.empty(num_rows, column.width, device=device)
+        return {name: moment[:num_rows] for name, moment in self._moments.items()}
+
+    @torch.no_grad()
+    def _update(
+        self,
+        fetched: _Fetched,
+        grads_RD: Tensor,
+        row_keys: NDArray[np.uint64],
+        span: slice,
+        lr: float,
+    ) -> None:
+        """Updates one block of the step's rows: gather its moments, step, pack and scatter.
+
+        Leaves in `fetched.packed` exactly what the table then holds.
+        """
+        index, rows_RD, grads_RD = fetched.index[span], fetched.packed[span], grads_RD[span]
+        step: int | Tensor = self.step
+        if "steps" in self._columns:
+            step = self._columns["steps"].gather(index) + 1
+            self._columns["steps"].scatter(index, step)
+        moments = self._moments_of(len(index))
+        self._copier.gather(self._columns, index, moments)
+        if self._format == "rowwise":
+            self._adam.step_rowwise(rows_RD, grads_RD, moments["exp_avg_sq"], lr=lr, step=step)
+        else:
+            self._adam.step(
+                rows_RD, grads_RD, moments["exp_avg"], moments["exp_avg_sq"], lr=lr, step=step
+            )
+        self._copier.scatter(self._columns, index, {"rows": rows_RD, **moments}, row_keys[span])
+
+
+def _describe(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    """Returns names, shapes and dtypes in words."""
+    return ", ".join(
+        f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}"
+        for name, (shape, dtype) in sorted(tensors.items())
+    )
+
+
+__all__ = ["ClassifierConfig", "ClassifierTable", "Placement"]
