@@ -1,0 +1,120 @@
+"""Evaluation against a dense oracle, and the same at any number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import make_inputs, write_recipe_file
+from torch.nn.functional import normalize
+
+from unidec_ds import comm
+from unidec_ds.assembly import build_model, evaluate_split, trained_views
+from unidec_ds.classifier import partition
+from unidec_ds.config import load_recipe
+from unidec_ds.data.prepare import resolve_corpus
+from unidec_ds.evaluation import sample_queries
+
+
+class Rows:
+    """This rank's rows of one dense matrix."""
+
+    def __init__(self, matrix_LD):
+        self.matrix = matrix_LD
+
+    def read(self, label_ids):
+        assert (partition.owner(label_ids, comm.world_size()) == comm.rank()).all()
+        return self.matrix[torch.from_numpy(label_ids)]
+
+
+def setting(folder):
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    corpus = resolve_corpus(
+        recipe.corpus, recipe.encoder.name, recipe.encoder.max_length, show_progress=False
+    )
+    model = build_model(recipe, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    return recipe, corpus, model, torch.randn(corpus.num_labels, model.width, generator=generator)
+
+
+def evaluated(folder):
+    recipe, corpus, model, matrix = setting(folder)
+    return evaluate_split(
+        model, Rows(matrix), corpus, recipe, "test", ("encoder", *trained_views(recipe))
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    write_recipe_file(folder)
+    return folder
+
+
+def test_rankings_equal_a_dense_search_with_filter_pairs_removed(folder):
+    _, corpus, model, matrix = setting(folder)
+    result = evaluated(folder)
+
+    def pooled(table):
+        ids = np.arange(len(table))
+        tokens = table.tokens(ids)
+        rows = [
+            model.encoder(
+                input_ids=torch.from_numpy(tokens.values[a:b]).long()[None]
+            ).last_hidden_state.mean(1)
+            for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+        ]
+        return torch.cat(rows)
+
+    with torch.no_grad():
+        queries, labels = pooled(corpus.queries["test"]), pooled(corpus.labels)
+        cosine_de = model.embed(queries) @ model.embed(labels).T
+        g2 = normalize(model.classify(queries), dim=-1)
+        cosine_rows = g2 @ normalize(matrix, dim=-1).T
+        no_text = torch.from_numpy(~corpus.label_has_text)
+        assert no_text.any()
+        masked_de = cosine_de.masked_fill(no_text, -torch.inf)
+        expected = {
+            "encoder": (normalize(queries, dim=-1) @ normalize(labels, dim=-1).T).masked_fill(
+                no_text, -torch.inf
+            ),
+            "de": masked_de,
+            "classifier": g2 @ matrix.T,
+            "unified": cosine_de.masked_fill(no_text, 0.0) + cosine_rows,
+        }
+    filters = corpus.filter_pairs["test"]
+    assert filters.num_pairs
+    for view, scores in expected.items():
+        scores[torch.from_numpy(filters.rows_of_pairs()), filters.indices.astype(np.int64)] = -9e9
+        found = result.predictions[view]
+        for query in range(len(scores)):
+            keep = found.label_ids[query] >= 0
+            ids = found.label_ids[query][keep]
+            assert not set(ids) & set(filters.row(query))
+            best = scores[query].sort(descending=True).values[: len(ids)]
+            torch.testing.assert_close(scores[query][torch.from_numpy(ids)], best)
+            torch.testing.assert_close(torch.from_numpy(found.scores[query][keep]), best)
+        hits = [
+            found.label_ids[q, 0] in corpus.positives["test"].row(q) for q in range(len(scores))
+        ]
+        assert result.metrics[view]["P@1"] == pytest.approx(100 * np.mean(hits))
+
+
+def test_the_result_is_the_same_at_any_number_of_ranks(folder):
+    one = evaluated(folder)
+    for world_size in (2, 3):
+        answers = run_ranks(world_size, evaluated, folder)
+        for answer in answers:
+            assert answer.metrics == one.metrics
+        for view, predictions in one.predictions.items():
+            assert (answers[0].predictions[view].label_ids == predictions.label_ids).all()
+
+
+def test_sampled_queries_are_few_sorted_and_seeded():
+    ids = np.arange(100, 200)
+    sample = sample_queries(ids, 10, seed=3)
+    assert len(sample) == 10
+    assert (np.diff(sample) > 0).all()
+    assert set(sample) <= set(ids)
+    assert (sample_queries(ids, 10, seed=3) == sample).all()
+    assert set(sample_queries(ids, 10, seed=4)) != set(sample)
+    assert len(sample_queries(ids, 0, seed=3)) == len(sample_queries(ids, 500, seed=3)) == 100

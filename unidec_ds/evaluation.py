@@ -1,0 +1,308 @@
+"""Exact, filtered evaluation in every view, at any number of ranks.
+
+Three views of one model: the dual encoder alone (cosine of g1), the classifier alone, and unified:
+the L2-normalised vectors of both concatenated, so that its score is cos_DE + cos_classifier, one
+inner-product search. A fourth, "encoder", ranks by the encoder's own embeddings: evaluated before
+training it is the untrained baseline.
+
+Flow: all query vectors are made once and held on every rank (N·2D·4 bytes); then labels stream
+past in blocks of fixed ids, shared over the ranks in turn. A block's owner encodes its texts,
+receives its classifier rows from their owners, and merges the scores into one running top-k per
+view. No label matrix ever exists. Filter pairs are masked inside the block, so removing them
+costs no depth. Blocks are cut at the same places at any world size, and ties go by label id, so
+the result is the same too.
+
+Shape legend: N queries, L labels, D width, K top-k, W ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from unidec_ds import comm
+from unidec_ds.classifier import partition
+from unidec_ds.data.corpus import Corpus
+from unidec_ds.data.keyed import hash64
+from unidec_ds.data.pairs import Ids, Pairs
+from unidec_ds.embedding import BLOCK, View, embed, embed_all
+from unidec_ds.index import TopK, fixed_blocks, query_block
+from unidec_ds.metrics import inverse_propensity, score_predictions
+from unidec_ds.model import UniDEC
+from unidec_ds.settings import Settings
+
+KS = (1, 3, 5, 10, 100)
+SearchView = Literal["encoder", "de", "classifier", "unified"]
+Split = Literal["train", "test"]
+
+
+class EvaluationConfig(Settings):
+    """What is measured, and when."""
+
+    propensity: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = (0.55, 1.5)
+    """(a, b) of the inverse propensities. Published code disagrees on them; every PSP is printed
+    with its pair."""
+    every_epochs: Annotated[int, Field(ge=0)] = 1
+    """Evaluate on the validation queries after every n-th epoch; 0 never does."""
+    max_queries: Annotated[int, Field(ge=0)] = 0
+    """Evaluate on this many queries, a seeded sample; 0 takes all."""
+
+
+class RowSource(Protocol):
+    """Where classifier rows are read from: the table in training, or a checkpoint."""
+
+    def read(self, label_ids: Ids) -> Tensor:
+        """Returns rows that this rank holds, fp32 [n, D] on the host."""
+        ...
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The best labels of each query in one view; -1 and -inf where there are fewer than K."""
+
+    label_ids: Ids
+    """int64 [N, K], best first."""
+    scores: NDArray[np.float32]
+    """fp32 [N, K]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics and predictions of each view, the same on every rank."""
+
+    query_ids: Ids
+    """The queries evaluated."""
+    metrics: dict[str, dict[str, float]]
+    """By view, then by name: {"unified": {"P@1": percent, ...}, ...}."""
+    predictions: dict[str, Predictions]
+    """By view; on rank 0 only, empty elsewhere."""
+
+
+def sample_queries(query_ids: Ids, max_queries: int, seed: int) -> Ids:
+    """Returns `max_queries` of the queries, ascending; all of them if 0 or there are fewer."""
+    if not max_queries or max_queries >= len(query_ids):
+        return query_ids
+    keys = hash64(seed, "evaluation queries", query_ids)
+    return np.sort(query_ids[np.argsort(keys)[:max_queries]])
+
+
+def evaluate(
+    model: UniDEC,
+    rows: RowSource | None,
+    corpus: Corpus,
+    query_ids: Ids,
+    *,
+    split: Split,
+    views: tuple[SearchView, ...],
+    cosine_classifier: bool,
+    propensity: tuple[float, float],
+    title: str = "evaluating",
+) -> Evaluation:
+    """Ranks all labels for `query_ids` in each view and scores the rankings.
+
+    Args:
+        model: encoder and heads, on this rank's device.
+        rows: the classifier rows; None if no view needs them.
+        corpus: texts, truth and filter pairs.
+        query_ids: int64 [N], queries of `split`.
+        split: which table and truth `query_ids` index.
+        views: what to rank by.
+        cosine_classifier: whether the classifier view normalises the rows, as its loss did.
+        propensity: (a, b); propensities always come from the full train positives.
+        title: of the progress bar, drawn on rank 0.
+
+    Collectives: one all-reduce of the query vectors, one gather of rows per block of labels, one
+    gather of N·K keys per view; every rank must call.
+    """
+    tops = search_labels(
+        model,
+        rows,
+        corpus,
+        query_ids,
+        split=split,
+        views=views,
+        cosine_classifier=cosine_classifier,
+        k=max(KS),
+        title=title,
+    )
+    predictions: dict[str, Predictions] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    if comm.is_main():
+        q_l = inverse_propensity(corpus.positives["train"], *propensity)
+        truth = _rows(corpus.positives[split], query_ids)
+        for view, top in tops.items():
+            scores, label_ids = top.result()
+            predictions[view] = Predictions(label_ids.cpu().numpy(), scores.cpu().numpy())
+            metrics[view] = score_predictions(
+                truth, predictions[view].label_ids, inverse_propensity=q_l, ks=KS
+            )
+    return Evaluation(query_ids, comm.broadcast_object(metrics), predictions)
+
+
+@torch.no_grad()
+def search_labels(
+    model: UniDEC,
+    rows: RowSource | None,
+    corpus: Corpus,
+    query_ids: Ids,
+    *,
+    split: Split,
+    views: tuple[SearchView, ...],
+    cosine_classifier: bool,
+    k: int,
+    title: str,
+) -> dict[SearchView, TopK]:
+    """Returns each view's running top-k over all labels; complete on rank 0 only.
+
+    Args: as in `evaluate`; `k` labels are kept per query.
+    """
+    heads = _heads(views)
+    with tqdm(
+        total=len(query_ids) + corpus.num_labels,
+        desc=title,
+        unit=" texts",
+        disable=not comm.is_main(),
+        leave=False,
+    ) as bar:
+        queries = dict(
+            zip(
+                heads,
+                embed_all(
+                    model, corpus.queries[split], query_ids, heads, corpus.pad_token_id, bar.update
+                ),
+                strict=True,
+            )
+        )
+        device = next(model.parameters()).device
+        tops = {view: TopK(len(query_ids), k, device) for view in views}
+        exclude = _rows(corpus.filter_pairs[split], query_ids)
+        for first_label, labels in _label_vectors(model, rows, corpus, heads, bar):
+            no_text = ~corpus.label_has_text[first_label : first_label + BLOCK]
+            _merge_block(
+                queries,
+                labels,
+                tops,
+                first_label,
+                torch.from_numpy(np.flatnonzero(no_text)).to(device),
+                exclude,
+                cosine_classifier,
+            )
+    for top in tops.values():
+        for keys in comm.gather_tensors(top.keys_QK)[1:]:
+            top.merge_keys(keys)
+    return tops
+
+
+def _heads(views: tuple[SearchView, ...]) -> tuple[View, ...]:
+    wanted = set(views) | ({"de", "classifier"} if "unified" in views else set())
+    return tuple(head for head in get_args(View) if head in wanted)
+
+
+def _label_vectors(
+    model: UniDEC,
+    rows: RowSource | None,
+    corpus: Corpus,
+    heads: tuple[View, ...],
+    bar: tqdm,  # type: ignore[type-arg]
+) -> Iterator[tuple[int, dict[View, Tensor]]]:
+    """Yields the first label id and the label vectors of each block that this rank owns."""
+    device = next(model.parameters()).device
+    text_heads = tuple(head for head in heads if head != "classifier")
+    for number, (start, end) in enumerate(fixed_blocks(corpus.num_labels, BLOCK)):
+        owner = number % comm.world_size()
+        ids = np.arange(start, end)
+        vectors: dict[View, Tensor] = {}
+        if "classifier" in heads:
+            assert rows is not None
+            block_rows = gather_rows(rows, ids, owner, device)
+            if block_rows is not None:
+                vectors["classifier"] = block_rows
+        if owner == comm.rank():
+            made = embed(model, corpus.labels, ids, text_heads, corpus.pad_token_id)
+            vectors.update(zip(text_heads, made, strict=True))
+            yield start, vectors
+        bar.update(end - start)
+
+
+def gather_rows(
+    rows: RowSource, label_ids: Ids, rank_to: int, device: torch.device
+) -> Tensor | None:
+    """Returns the classifier rows of `label_ids` on rank `rank_to`, fp32 [n, D] on `device`.
+
+    Collectives: one gather; every rank must call.
+    """
+    owners = partition.owner(label_ids, comm.world_size())
+    sizes = np.bincount(owners, minlength=comm.world_size()).tolist()
+    own_rows = rows.read(label_ids[owners == comm.rank()]).to(device)
+    parts = comm.gather_rows_to(rank_to, own_rows, sizes)
+    if parts is None:
+        return None
+    gathered = own_rows.new_empty(len(label_ids), own_rows.shape[1])
+    for rank, part in enumerate(parts):
+        gathered[torch.from_numpy(owners == rank).to(device)] = part
+    return gathered
+
+
+def _merge_block(
+    queries: dict[View, Tensor],
+    labels: dict[View, Tensor],
+    tops: dict[SearchView, TopK],
+    first_label: int,
+    no_text: Tensor,
+    exclude: Pairs,
+    cosine_classifier: bool,
+) -> None:
+    """Scores one block of labels in every view; those without a text live on their row alone."""
+    num_queries = len(next(iter(queries.values())))
+    text_heads: tuple[Literal["encoder", "de"], ...] = tuple(
+        head for head in ("encoder", "de") if head in labels
+    )
+    unit_rows = normalize(labels["classifier"], dim=-1) if "classifier" in labels else None
+    step = query_block(next(iter(queries.values())).device)
+    for first_query, end_query in fixed_blocks(num_queries, step):
+        part = slice(first_query, end_query)
+        scores: dict[SearchView, Tensor] = {}
+        for head in text_heads:
+            scores[head] = queries[head][part] @ labels[head].T
+            scores[head][:, no_text] = 0.0
+        if unit_rows is not None:
+            cosine = queries["classifier"][part] @ unit_rows.T
+            scores["classifier"] = (
+                cosine
+                if cosine_classifier
+                else queries["classifier"][part] @ labels["classifier"].T
+            )
+            if "unified" in tops:
+                scores["unified"] = scores["de"] + cosine
+        for head in text_heads:
+            scores[head][:, no_text] = -torch.inf
+        for view, top in tops.items():
+            top.update(
+                scores[view], first_query=first_query, first_label=first_label, exclude=exclude
+            )
+
+
+def _rows(pairs: Pairs, rows: Ids) -> Pairs:
+    """Returns the pairs of `rows`, renumbered 0..len(rows) - 1."""
+    row, column = pairs.take(rows)
+    return Pairs.from_pairs(row, column, len(rows), pairs.num_columns)
+
+
+def format_table(metrics: dict[str, dict[str, float]], propensity: tuple[float, float]) -> str:
+    """Returns the table people read: one line per view, percent."""
+    columns = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@10", "R@100")
+    width = max(len(name) for name in metrics)
+    lines = [" " * width + "".join(f"{column:>8}" for column in columns)]
+    for name, values in metrics.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{values[c]:8.2f}" for c in columns))
+    lines.append(f"percent; PSP with a={propensity[0]} b={propensity[1]}")
+    return "\n".join(lines)
