@@ -1,0 +1,320 @@
+"""Shortlists of hard negatives, and clusters of similar queries, from the dual encoder as it is.
+
+Before certain epochs every label that has a text and every query to train on is embedded with the
+DE head, and each query's `shortlist_size` best labels are found by exact search. The true positives
+of the whole train set and the filter pairs are masked before the search keeps anything, so a
+shortlist is full of negatives. With clustered batches the same query vectors are cut into one
+cluster per batch (`clustering`). `data.pool` draws from both.
+
+What is mined is a pure function of weights, corpus, query ids, settings, seed and epoch: texts,
+scores and merges are cut at places fixed by id, and ties go to the smaller label id, so the world
+size changes nothing (nor resume: files are kept by epoch and opened again).
+
+Source: UniDEC, arXiv 2405.03714; masking filter pairs is ours.
+Cost: one encoder pass over the N queries and the L labels, 2·N·L·D operations for the search,
+both shared by the ranks: the search of 294,805 queries against 131,073 labels at D = 768 is 59
+TFLOP, of 2.2M against 1.3M 4.4 PFLOP. Memory of each rank: the query vectors, N·D·4 bytes on the
+device (6.3 GiB at 2.2M x 768; twice that for a moment at W > 1, while they are summed over ranks),
+the running best, N·K·8 bytes (0.7 GiB at K = 40), and one block of labels and scores. Label vectors
+are never held together.
+
+Letters: N queries to train on, L labels, D width, K shortlist length, B queries of a block, W
+ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from unidec_ds import comm
+from unidec_ds.clustering import balanced_clusters
+from unidec_ds.data.corpus import Corpus
+from unidec_ds.data.keyed import seed_of
+from unidec_ds.data.pairs import Ids, Pairs
+from unidec_ds.embedding import BLOCK, embed, embed_all
+from unidec_ds.errors import CheckpointError
+from unidec_ds.index import LABEL_BLOCK, TopK, fixed_blocks, mask_pairs, query_block
+from unidec_ds.model import UniDEC
+from unidec_ds.settings import Settings
+
+_SHORTLISTS, _CLUSTERS, _RECORD = "shortlists.npy", "clusters.npy", "mined.json"
+_MERGE_BLOCK = 65536  # queries whose keys are gathered on rank 0 at once: 20 MiB a rank at K = 40
+
+
+class MiningConfig(Settings):
+    """When hard negatives are mined and how many."""
+
+    shortlist_size: Annotated[int, Field(ge=1)] = 40
+    """Labels kept per query, K. Each step draws `pool.num_hard_negatives` of them anew; a longer
+    list gives easier and more varied negatives. Costs 4 bytes per query and label on disk."""
+    start_epoch: Annotated[int, Field(ge=0)] = 5
+    """First epoch, counted from 0, that trains on mined negatives; mining comes just before it."""
+    every_epochs: Annotated[int, Field(ge=0)] = 5
+    """Epochs from one mining to the next; 0 = never mine."""
+
+
+@dataclass(frozen=True)
+class MiningSeconds:
+    """How long mining took on rank 0."""
+
+    embed_s: float
+    """Encoding this rank's share of the texts (and the exchange of query vectors)."""
+    search_s: float
+    """Scores and their best, waiting for the other ranks, merging."""
+    cluster_s: float
+    """Clustering; about 0 without clusters."""
+
+    @property
+    def total_s(self) -> float:
+        """The sum."""
+        return self.embed_s + self.search_s + self.cluster_s
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What one mining found, memory-mapped; what `Planner` takes."""
+
+    epoch: int
+    """The epoch it was mined for."""
+    shortlists: NDArray[np.int32]
+    """[number of train queries, K] label ids by query_id, best first; -1 = empty, as is the whole
+    row of a query that was not mined for."""
+    clusters: NDArray[np.int32] | None
+    """[N], the cluster of each of the query ids that were mined for; None without clusters."""
+    seconds: MiningSeconds
+    """How long it took."""
+
+
+def last_mined_epoch(config: MiningConfig, epoch: int) -> int | None:
+    """Returns the epoch whose mining `epoch` (counted from 0) trains on; None before the first."""
+    if config.every_epochs == 0 or epoch < config.start_epoch:
+        return None
+    return epoch - (epoch - config.start_epoch) % config.every_epochs
+
+
+def mines_at(config: MiningConfig, epoch: int) -> bool:
+    """Returns whether to mine just before `epoch`, counted from 0."""
+    return last_mined_epoch(config, epoch) == epoch
+
+
+def mine(
+    model: UniDEC,
+    corpus: Corpus,
+    query_ids: Ids,
+    *,
+    config: MiningConfig,
+    num_clusters: int | None,
+    folder: Path,
+    epoch: int,
+    seed: int,
+) -> Mined:
+    """Mines with the model as it is, writes the result into `folder`, and returns it.
+
+    Args:
+        model: whole on every rank, in any mode.
+        corpus: the corpus.
+        query_ids: int64 [N], the train queries to mine for, each once.
+        config: the settings.
+        num_clusters: batches an epoch (`Planner.steps_per_epoch`); None makes no clusters.
+        folder: where the files go, on a disk that every rank sees; made if missing. What it holds
+            of the same epoch is replaced.
+        epoch: the epoch to come.
+        seed: the run's seed.
+
+    Raises:
+        FloatingPointError: the model is not finite.
+
+    Collectives: an all-reduce of N·D values, gathers of N·K·8 bytes from every rank to rank 0, a
+    barrier; every rank must call.
+    """
+    clock = _Clock(next(model.parameters()).device)
+    num_texts = len(query_ids) + int(np.count_nonzero(corpus.label_has_text))
+    with tqdm(
+        total=num_texts, desc="mining: texts", unit="text", disable=not comm.is_main()
+    ) as bar:
+        queries = corpus.queries["train"]
+        (queries_ND,) = embed_all(
+            model, queries, query_ids, ("de",), corpus.pad_token_id, bar.update
+        )
+        embed_s = clock.lap()
+        top = TopK(len(query_ids), config.shortlist_size, queries_ND.device)
+        barred = [
+            _rows(pairs["train"], query_ids) for pairs in (corpus.positives, corpus.filter_pairs)
+        ]
+        search_s = clock.lap()
+        size = label_block(corpus.num_labels)
+        for number, (first, end) in enumerate(fixed_blocks(corpus.num_labels, size)):
+            if number % comm.world_size() == comm.rank():
+                labels_LD = _embed_labels(model, corpus, first, end)
+                embed_s += clock.lap()
+                never = ~corpus.label_has_text[first:end]
+                _search(top, queries_ND, labels_LD, first, never, barred)
+                search_s += clock.lap()
+            bar.update(int(np.count_nonzero(corpus.label_has_text[first:end])))
+
+    shortlists = _merge(top, query_ids, len(queries))
+    del top
+    search_s += clock.lap()
+    if comm.is_main():
+        clusters = None
+        if num_clusters is not None:
+            key = seed_of(seed, "mining", epoch)
+            clusters = balanced_clusters(queries_ND, num_clusters, key)
+        seconds = MiningSeconds(embed_s, search_s, clock.lap())
+        _write(_folder(folder, epoch), shortlists, clusters, seconds)
+    comm.barrier()
+    return open_mined(folder, epoch)
+
+
+def open_mined(folder: Path, epoch: int) -> Mined:
+    """Opens, memory-mapped, what `mine` wrote for `epoch`.
+
+    Raises:
+        CheckpointError: it is not there, or damaged.
+    """
+    place = _folder(folder, epoch)
+    try:
+        record = json.loads((place / _RECORD).read_text(encoding="utf-8"))
+        clusters = np.load(place / _CLUSTERS, mmap_mode="r") if record["clusters"] else None
+        return Mined(
+            epoch=epoch,
+            shortlists=np.load(place / _SHORTLISTS, mmap_mode="r"),
+            clusters=clusters,
+            seconds=MiningSeconds(**record["seconds"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{place}: cannot open the shortlists mined for epoch {epoch} ({error}); needed "
+            f"{_SHORTLISTS} and {_RECORD} as mining wrote them, on a disk that every rank sees. "
+            "Resume from a checkpoint of an earlier epoch, or put the folder back."
+        ) from None
+
+
+def remove_mined(folder: Path, keep: Collection[int]) -> None:
+    """Removes what was mined for all epochs but those in `keep`. For one rank to call."""
+    for place in folder.glob("epoch-*"):
+        if place.name not in {_folder(folder, epoch).name for epoch in keep}:
+            shutil.rmtree(place)
+
+
+def label_block(num_labels: int) -> int:
+    """Returns the labels per block of mining's search; the ranks take blocks by turns.
+
+    About 32 blocks, so that every rank finds work, but none so small that keeping the best costs
+    several times its products. Depends on nothing else: where blocks end decides scores' last bits.
+    """
+    return min(LABEL_BLOCK, BLOCK * max(2, num_labels // (32 * BLOCK)))
+
+
+def _embed_labels(model: UniDEC, corpus: Corpus, first: int, end: int) -> Tensor:
+    """Returns the DE vectors of labels first..end-1, fp32; zero for those without a text."""
+    columns = np.flatnonzero(corpus.label_has_text[first:end])
+    device = next(model.parameters()).device
+    labels_LD = torch.zeros(end - first, model.width, device=device)
+    for start, stop in fixed_blocks(len(columns), BLOCK):
+        block = columns[start:stop]
+        (vectors,) = embed(model, corpus.labels, first + block, ("de",), corpus.pad_token_id)
+        labels_LD[torch.from_numpy(block).to(device)] = vectors
+    return labels_LD
+
+
+def _search(
+    top: TopK,
+    queries_ND: Tensor,
+    labels_LD: Tensor,
+    first_label: int,
+    never: NDArray[np.bool_],
+    barred: Sequence[Pairs],
+) -> None:
+    """Feeds `top` every query's scores for one block of labels.
+
+    Args:
+        top: of the N queries.
+        queries_ND: all queries.
+        labels_LD: a block of labels.
+        first_label: label id of its first.
+        never: bool [L], labels of the block that no query may find.
+        barred: sets of pairs (query, label id) that may not be found.
+    """
+    never_L = torch.from_numpy(never).to(labels_LD.device)
+    for first_query, end_query in fixed_blocks(len(queries_ND), query_block(labels_LD.device)):
+        scores_BL = queries_ND[first_query:end_query] @ labels_LD.T
+        scores_BL.masked_fill_(never_L, -torch.inf)
+        for pairs in barred:
+            mask_pairs(scores_BL, pairs, first_query=first_query, first_label=first_label)
+        top.update(scores_BL, first_query=first_query, first_label=first_label)
+
+
+def _merge(top: TopK, query_ids: Ids, num_queries: int) -> NDArray[np.int32]:
+    """Returns on rank 0 the shortlists by query_id from every rank's best; on others nothing.
+
+    Collectives: a gather of each block of queries.
+    """
+    shortlist_size = top.keys_QK.shape[1]
+    shortlists = np.full((num_queries if comm.is_main() else 0, shortlist_size), -1, np.int32)
+    for start, stop in fixed_blocks(len(query_ids), _MERGE_BLOCK):
+        mine_QK = top.keys_QK[start:stop]
+        parts = comm.gather_rows_to(0, mine_QK, [stop - start] * comm.world_size())
+        if parts is not None:
+            merged = TopK(stop - start, shortlist_size, mine_QK.device)
+            for keys_QK in parts:
+                merged.merge_keys(keys_QK)
+            shortlists[query_ids[start:stop]] = merged.result()[1].cpu().numpy()
+    return shortlists
+
+
+def _rows(pairs: Pairs, rows: Ids) -> Pairs:
+    """Returns the pairs of some rows, in their order."""
+    indptr = np.concatenate([[0], np.cumsum(pairs.row_counts(rows))])
+    return Pairs(indptr, pairs.take(rows)[1].astype(np.int32), pairs.num_columns)
+
+
+def _folder(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:04d}"
+
+
+def _write(
+    place: Path,
+    shortlists: NDArray[np.int32],
+    clusters: NDArray[np.int32] | None,
+    seconds: MiningSeconds,
+) -> None:
+    """Writes one mining's files beside `place` and renames them, whole, to it."""
+    partial = place.with_name(f".{place.name}.partial")
+    for stale in (partial, place):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    np.save(partial / _SHORTLISTS, shortlists)
+    if clusters is not None:
+        np.save(partial / _CLUSTERS, clusters)
+    record = {"clusters": clusters is not None, "seconds": asdict(seconds)}
+    (partial / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial.rename(place)
+
+
+class _Clock:
+    """Measures laps; waits for the device first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last_s = perf_counter()
+
+    def lap(self) -> float:
+        """Returns the seconds since the last lap."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        last_s, self._last_s = self._last_s, perf_counter()
+        return self._last_s - last_s
