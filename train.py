@@ -1,0 +1,57 @@
+"""Trains UniDEC as a recipe says, on the ranks that the launcher started.
+
+    deepspeed train.py --recipe quickstart --ds_config ds_configs/cpu.json
+    accelerate launch --use_deepspeed --num_processes 2 train.py --recipe ... --ds_config ...
+    torchrun --nproc_per_node 2 train.py --recipe ... --ds_config ...
+    python train.py --recipe ... --ds_config ...
+
+Exit codes: 0 done, 1 failed, 2 the input was wrong (the message says what to do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from unidec_ds.cli import exit_with_message
+from unidec_ds.config import load_recipe, recipe_names
+
+
+def parse_args() -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", required=True, help=f"a YAML file, or one of: {', '.join(recipe_names())}"
+    )
+    parser.add_argument(
+        "--ds_config", required=True, type=Path, help="DeepSpeed configuration (JSON)"
+    )
+    parser.add_argument("--corpus", help="raw or prepared corpus; replaces corpus.path")
+    parser.add_argument("--output", type=Path, help="run directory (default: runs/RECIPE)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
+    )
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="continue from the newest or the given checkpoint"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from `deepspeed`
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Checks everything that can be checked alone, joins the other ranks, trains, evaluates."""
+    args = parse_args()
+    overrides = [*args.set, *([f"corpus.path={args.corpus}"] if args.corpus else [])]
+    recipe = load_recipe(args.recipe, overrides)
+    run = args.output or Path("runs") / Path(args.recipe).name.removesuffix(".yaml")
+
+    from unidec_ds.job import prepare_job, run_job  # heavy imports after the recipe is known good
+
+    run_job(prepare_job(recipe, args.ds_config, run, args.resume))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_with_message(main))

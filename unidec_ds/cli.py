@@ -1,0 +1,174 @@
+"""The command `unidec-ds`; thin: every subcommand calls one function of the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unidec_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def exit_with_message(main: Callable[[], None]) -> int:
+    """Runs `main` and returns the exit code: 0 done, 1 failed, 2 the input was wrong.
+
+    A user's mistake is printed once, by rank 0, without a traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write("".join(f"[rank {rank}] {line}" for line in
+                                 traceback.format_exc().splitlines(keepends=True)))  # fmt: skip
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(exit_with_message(_main))
+
+
+def _main() -> None:
+    args = _parser().parse_args()
+    args.run_command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unidec-ds", description="UniDEC on DeepSpeed")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="tokenise a raw corpus once")
+    prepare.add_argument("raw_dir", type=Path, help="a folder in one of the accepted layouts")
+    prepare.add_argument("--out", type=Path, required=True, help="where the corpus goes")
+    prepare.add_argument("--encoder", help="encoder whose tokenizer to use")
+    prepare.add_argument("--max-length", type=int, default=32, help="tokens per text")
+    prepare.add_argument("--text", choices=["title", "title+content"], default="title+content")
+    prepare.set_defaults(run_command=_prepare)
+
+    info = commands.add_parser("info", help="describe a corpus or a run")
+    info.add_argument("folder", type=Path, help="a prepared corpus or a run directory")
+    info.set_defaults(run_command=_info)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a trained run")
+    evaluate.add_argument("run", type=Path, help="run directory")
+    evaluate.add_argument("--split", choices=["test", "validation"], default="test")
+    evaluate.add_argument("--view", choices=["de", "classifier", "unified"], help="default: all")
+    evaluate.add_argument("--corpus", type=Path, help="where the corpus is now")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here too")
+    evaluate.set_defaults(run_command=_evaluate)
+
+    predict = commands.add_parser("predict", help="predict labels for texts")
+    predict.add_argument("run", type=Path, help="run directory")
+    predict.add_argument("--input", required=True, metavar="FILE|-", help="one text a line")
+    predict.add_argument("--k", type=int, default=5, help="labels per text")
+    predict.add_argument("--view", choices=["de", "classifier", "unified"])
+    predict.add_argument("--corpus", type=Path, help="where the corpus is now")
+    predict.add_argument("--json", action="store_true", help="one JSON object per text")
+    predict.set_defaults(run_command=_predict)
+
+    score = commands.add_parser("score", help="score any system's predictions")
+    score.add_argument("--truth", type=Path, required=True, help="XMC sparse text or .npz")
+    score.add_argument("--predictions", type=Path, required=True, help="likewise, with scores")
+    score.add_argument("--train", type=Path, required=True, help="train positives")
+    score.add_argument("--filter", type=Path, help="filter pairs, `row col` lines")
+    score.add_argument("--propensity", required=True, metavar="A,B", help="such as 0.55,1.5")
+    score.add_argument("--json", type=Path, metavar="FILE")
+    score.set_defaults(run_command=_score)
+    return parser
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from unidec_ds.data.prepare import prepare
+    from unidec_ds.encoders import PACKAGED_ENCODER
+
+    corpus = prepare(
+        args.raw_dir,
+        args.out,
+        encoder=args.encoder or PACKAGED_ENCODER,
+        max_length=args.max_length,
+        text=args.text,
+    )
+    print(corpus.describe())
+
+
+def _info(args: argparse.Namespace) -> None:
+    from unidec_ds.data.corpus import MANIFEST, open_corpus
+    from unidec_ds.run import describe_run
+
+    if (args.folder / MANIFEST).is_file():
+        print(open_corpus(args.folder).describe())
+    elif (args.folder / "config.yaml").is_file():
+        print(describe_run(args.folder))
+    else:
+        raise UserError(
+            f"{args.folder}: neither a prepared corpus ({MANIFEST}) nor a run (config.yaml)"
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from unidec_ds.assembly import evaluate_split, load_run, trained_views
+    from unidec_ds.evaluation import format_table
+
+    run = load_run(args.run, _device(), args.corpus)
+    views = trained_views(run.recipe)
+    if args.view:
+        if args.view not in views:
+            raise UserError(f"--view: this run trained {', '.join(views)}, not {args.view}")
+        views = (args.view,)
+    result = evaluate_split(run.model, run.rows, run.corpus, run.recipe, args.split, views)
+    print(f"{args.split} set, {run.checkpoint}")
+    print(format_table(result.metrics, run.recipe.evaluation.propensity))
+    if args.json:
+        args.json.write_text(json.dumps({args.split: result.metrics}, indent=2) + "\n")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from unidec_ds.predict import Predictor
+
+    if args.k < 1:
+        raise UserError(f"--k: found {args.k}; needs at least 1")
+    predictor = Predictor.load(args.run, device=_device(), corpus=args.corpus, view=args.view)
+    for line in predictor.predict_lines(args.input, k=args.k, as_json=args.json):
+        print(line)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from unidec_ds.data.predictions import score_files
+
+    try:
+        a, b = (float(part) for part in args.propensity.split(","))
+    except ValueError:
+        raise UserError(f"--propensity: found {args.propensity!r}; needs A,B") from None
+    scores = score_files(
+        args.truth, args.predictions, args.train, filter_pairs=args.filter, propensity=(a, b)
+    )
+    for name, value in scores.items():
+        print(f"{name:<12}{value:8.2f}")
+    print(f"percent; propensity a={a} b={b}")
+    if args.json:
+        args.json.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

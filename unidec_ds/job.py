@@ -1,0 +1,142 @@
+"""From the command line to a finished run: every check, then training, then the report.
+
+`prepare_job` does all that one process can do alone: a user's mistake ends there, on every rank
+alike and before any process group exists. `run_job` joins the other ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from unidec_ds import checkpoint, comm
+from unidec_ds.config import Recipe
+from unidec_ds.data.corpus import Corpus
+from unidec_ds.data.prepare import resolve_corpus
+from unidec_ds.ds_config import DsConfig, load_ds_config
+from unidec_ds.encoders import check_encoder
+from unidec_ds.engine import check_launch, launched_rank, launched_world_size, start_engine
+from unidec_ds.evaluation import format_table
+from unidec_ds.run import (
+    REPORT,
+    UNTRAINED,
+    choose_checkpoint,
+    finished_report,
+    read_json,
+    write_json,
+    write_run,
+)
+from unidec_ds.samples import describe_samples
+from unidec_ds.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has passed every check that needs no other rank."""
+
+    recipe: Recipe
+    ds_config: DsConfig
+    corpus: Corpus
+    run: Path
+    resume_from: Path | None
+
+
+def prepare_job(recipe: Recipe, ds_config_file: Path, run: Path, resume: str | None) -> Job:
+    """Checks all input and prepares the corpus, before any process group exists.
+
+    Raises:
+        UserError: on every rank alike, with what was found, what was needed and what to do.
+    """
+    batch_size = recipe.train.batch_size
+    ds_config = load_ds_config(
+        ds_config_file, batch_size=batch_size, world_size=launched_world_size()
+    )
+    check_launch(ds_config, batch_size)
+    check_encoder(recipe.encoder.name)
+    resume_from = choose_checkpoint(run, resume, recipe)
+    corpus = resolve_corpus(
+        recipe.corpus,
+        recipe.encoder.name,
+        recipe.encoder.max_length,
+        show_progress=launched_rank() == 0,
+    )
+    return Job(recipe, ds_config, corpus, run, resume_from)
+
+
+def run_job(job: Job) -> None:
+    """Joins the other ranks, trains, evaluates, and prints the result on rank 0.
+
+    A run that is already finished is only reported.
+    """
+    report = finished_report(job.run, job.resume_from)
+    if report is not None:
+        if launched_rank() == 0:
+            print(f"{job.run} is finished\n\n{report}")
+        return
+    engine = start_engine(job.ds_config, job.recipe.train.batch_size)
+    if comm.is_main():
+        write_run(job.run, job.recipe, job.ds_config)
+    trainer = Trainer(
+        job.recipe, job.ds_config, job.corpus, engine, job.run, resume_from=job.resume_from
+    )
+    try:
+        trainer.fit()
+        report = evaluate_and_report(trainer)
+    finally:
+        trainer.monitor.close()
+    if comm.is_main():
+        print(f"\n{report}")
+    engine.close()
+
+
+def evaluate_and_report(trainer: Trainer) -> str:
+    """Evaluates the final model, writes evaluation.json and report.txt, and returns the report.
+
+    Collectives: those of an evaluation; every rank must call. Ranks other than 0 return "".
+    """
+    split, run, recipe = trainer.final_split, trainer.run, trainer.recipe
+    result = trainer.evaluate(split)
+    trainer.monitor.log_evaluation(trainer.step, recipe.train.epochs, split, result.metrics)
+    if not comm.is_main():
+        return ""
+    untrained = read_json(run / UNTRAINED).get(split)
+    metrics = {"untrained": untrained, **result.metrics} if untrained else result.metrics
+    details = {
+        "step": trainer.step,
+        "num_queries": len(result.query_ids),
+        "propensity": list(recipe.evaluation.propensity),
+        "checkpoint": str(checkpoint.latest(run)),
+    }
+    view = list(result.metrics)[-1]
+    samples = describe_samples(trainer.corpus, split, result.query_ids, result.predictions[view])
+    trainer.monitor.log_text(trainer.step, "predictions", samples)
+    settings = f"```\n{(run / 'config.yaml').read_text(encoding='utf-8')}```"
+    trainer.monitor.log_text(trainer.step, "configuration", settings)
+    report = "\n".join(
+        [
+            f"{split} set, {len(result.query_ids):,} queries, {trainer.corpus.num_labels:,} labels",
+            format_table(metrics, recipe.evaluation.propensity),
+            "",
+            f"examples ({view}; + is a true label)",
+            samples.strip("`\n"),
+            "",
+            "next",
+            *_activation(),
+            f"  tensorboard --logdir {run}",
+            f"  unidec-ds evaluate {run}",
+            f"  unidec-ds predict {run} --input - --k 5",
+            "  bash launch.sh --recipe lf-wordnet-84k        another recipe",
+        ]
+    )
+    (run / REPORT).write_text(report + "\n", encoding="utf-8")
+    write_json(run / "evaluation.json", {split: metrics, "details": details})
+    return report
+
+
+def _activation() -> list[str]:
+    """Returns the line that puts this environment's commands on the PATH, if it has one."""
+    if sys.prefix == sys.base_prefix:
+        return []
+    return [f"  source {os.path.relpath(sys.prefix)}/bin/activate"]

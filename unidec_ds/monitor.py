@@ -1,0 +1,171 @@
+"""What a run tells people: TensorBoard, `metrics.jsonl`, a progress bar, and step timers.
+
+Only rank 0 writes. `metrics.jsonl` and TensorBoard hold the same scalars; the JSON names are the
+contract other programs rely on, the TensorBoard tags group them. A resumed run continues both
+without a gap or a duplicate: lines of the steps that will run again are cut off, and TensorBoard
+is told to purge them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from unidec_ds import comm
+
+_GROUPS = {
+    "loss": ("loss", "loss_de", "loss_classifier", "loss_de_q2l", "loss_de_l2q",
+             "loss_classifier_q2l", "loss_classifier_l2q", "grad_norm"),
+    "learning_rate": ("lr", "lr_head", "lr_row"),
+    "pool": ("pool_size", "hard_negatives", "dropped_queries", "positives_per_query",
+             "in_batch_positive_share"),
+    "speed": ("texts_per_s", "tokens_per_s", "padding_share", "step_s"),
+    "memory": ("host_memory_gib", "device_memory_gib"),
+}  # fmt: skip
+_TAGS = {name: f"{group}/{name}" for group, names in _GROUPS.items() for name in names}
+
+
+class Monitor:
+    """Writes a run's records; a no-op on every rank but 0.
+
+    Args:
+        folder: the run directory.
+        first_step: the step the run starts or resumes at.
+        total_steps: of the whole run.
+    """
+
+    def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
+        self._writer: Any = None
+        self._bar: Any = None
+        if not comm.is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._jsonl = folder / "metrics.jsonl"
+        _keep_steps_before(self._jsonl, first_step)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit=" steps", smoothing=0.05
+        )
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Writes one training step's scalars; `record` has at least step, epoch and loss."""
+        if self._writer is None:
+            return
+        self._append(record)
+        step = record["step"]
+        for name, value in record.items():
+            if name in _TAGS:
+                self._writer.add_scalar(_TAGS[name], value, step)
+        for name, seconds in record.get("time_s", {}).items():
+            self._writer.add_scalar(f"step_time/{name}", seconds, step)
+
+    def log_evaluation(
+        self, step: int, epoch: int, split: str, metrics: dict[str, dict[str, float]]
+    ) -> None:
+        """Writes an evaluation's metrics, by view."""
+        if self._writer is None:
+            return
+        self._append({"step": step, "epoch": epoch, "split": split, "evaluation": metrics})
+        for view, values in metrics.items():
+            for name, value in values.items():
+                self._writer.add_scalar(f"{split}_{view}/{name}", value, step)
+        self._writer.flush()
+
+    def log_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Writes other scalars, such as what a mining refresh took."""
+        if self._writer is None:
+            return
+        self._append({"step": step, **{f"{group}_{name}": v for name, v in values.items()}})
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def log_text(self, step: int, tag: str, text: str) -> None:
+        """Writes Markdown, for TensorBoard's text page."""
+        if self._writer is not None:
+            self._writer.add_text(tag, text, step)
+            self._writer.flush()
+
+    def advance(self, loss: float, texts_per_s: float) -> None:
+        """Moves the progress bar by one step."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {texts_per_s:,.0f} texts/s", refresh=False)
+            self._bar.update()
+
+    def say(self, message: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._bar is not None:
+            self._bar.write(message)
+
+    def close(self) -> None:
+        """Ends the bar and flushes the files."""
+        if self._writer is not None:
+            self._bar.close()
+            self._writer.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self._jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+class StepTimer:
+    """Adds up where a step's time goes.
+
+    On an accelerator work is asynchronous: pass `synchronize` to charge each part its own time, at
+    the price of waiting for the device between parts.
+    """
+
+    def __init__(self, device: torch.device, synchronize: bool) -> None:
+        self._device = device
+        self._synchronize = synchronize and device.type != "cpu"
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Charges the time inside to `name`."""
+        start = time.perf_counter()
+        yield
+        if self._synchronize:
+            torch.accelerator.synchronize(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def host_memory_gib() -> float:
+    """Returns this process's resident memory in GiB."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """Returns the most accelerator memory this process has held, in GiB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def _keep_steps_before(path: Path, first_step: int) -> None:
+    """Drops the records of steps that will run again, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        at_boundary = "loss" not in record and record["step"] == first_step
+        if record["step"] < first_step or at_boundary:
+            kept.append(line)
+    beside = path.with_suffix(".jsonl.new")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,156 @@
+"""A run directory: what lies where, and what must agree before a run may be continued.
+
+RUN/
+    config.yaml        the resolved recipe
+    ds_config.json     the DeepSpeed configuration, as given
+    environment.json   versions, command, commit
+    metrics.jsonl      one object per logged step, evaluation or refresh
+    evaluation.json    final metrics by split and view, in percent
+    events.out.*       TensorBoard
+    checkpoints/       see `checkpoint`
+    mining/            shortlists and clusters, see `mining`
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from unidec_ds import checkpoint
+from unidec_ds.config import Recipe, load_recipe, write_recipe
+from unidec_ds.ds_config import DsConfig
+from unidec_ds.errors import UserError
+from unidec_ds.evaluation import format_table
+
+UNTRAINED = "untrained.json"
+REPORT = "report.txt"
+_PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy")
+# Settings that may change when a run is continued: they do not touch the loss curve.
+_FREE_SECTIONS = ("checkpoint", "evaluation")
+_FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "train.encoder_chunk", "train.recompute",
+              "train.loss_block_bytes", "train.log_every_steps")  # fmt: skip
+
+
+def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | None:
+    """Returns the checkpoint to start from, None for a new run; changes nothing.
+
+    Args:
+        run: the run directory.
+        resume: None, "auto" (the run's newest checkpoint, or a new run), or a checkpoint's folder.
+        recipe: what is to be trained.
+
+    Raises:
+        UserError: `run` holds a run and `resume` was not given; the checkpoint is not there; or
+            the recipe differs from the one it was made with.
+    """
+    if resume is None:
+        if (run / "config.yaml").exists():
+            raise UserError(
+                f"--output: {run} already holds a run; continue it with --resume auto, or choose "
+                "another --output"
+            )
+        return None
+    chosen = checkpoint.latest(run) if resume == "auto" else Path(resume)
+    if chosen is None:
+        return None
+    if not chosen.is_dir():
+        raise UserError(f"--resume: there is no checkpoint {chosen}; needs a folder or `auto`")
+    checkpoint.read_manifest(chosen)
+    before = chosen.parent.parent / "config.yaml"
+    if before.is_file():
+        changed = _changed(load_recipe(str(before)), recipe)
+        if changed:
+            raise UserError(
+                f"--resume: {chosen} was trained with other settings; its loss curve cannot be "
+                "continued.\n  " + "\n  ".join(changed) + "\n  Use the same settings, or start "
+                "anew with another --output."
+            )
+    return chosen
+
+
+def finished_report(run: Path, resume_from: Path | None) -> str | None:
+    """Returns the report of a run whose last step and evaluation are done, else None."""
+    if resume_from is None or not (run / REPORT).is_file():
+        return None
+    manifest = checkpoint.read_manifest(resume_from)
+    evaluated = read_json(run / "evaluation.json").get("details", {}).get("step")
+    if not manifest["step"] == manifest["total_steps"] == evaluated:
+        return None
+    return (run / REPORT).read_text(encoding="utf-8")
+
+
+def write_run(run: Path, recipe: Recipe, ds_config: DsConfig) -> None:
+    """Writes the files that describe a run, before its first step."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_recipe(recipe, run / "config.yaml")
+    write_json(run / "ds_config.json", ds_config.content)
+    write_json(run / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a result depends on beside its settings: versions, machine, command, commit."""
+    import torch
+
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON beside and renames it, so that readers see the old file or the new one."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON object, empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _changed(before: Recipe, after: Recipe) -> list[str]:
+    lines = []
+    old, new = before.as_yaml_object(), after.as_yaml_object()
+    for section, values in new.items():
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if section in _FREE_SECTIONS or name in _FREE_KEYS:
+                continue
+            if old[section].get(key) != value:
+                lines.append(f"{name}: was {old[section].get(key)}, now {value}")
+    return lines
+
+
+def describe_run(run: Path) -> str:
+    """Returns a page about a run for people: settings, progress, final metrics."""
+    recipe = load_recipe(str(run / "config.yaml"))
+    newest = checkpoint.latest(run)
+    lines = [f"run {run}", f"corpus {recipe.corpus.path}, encoder {recipe.encoder.name}"]
+    if newest is not None:
+        manifest = checkpoint.read_manifest(newest)
+        total = manifest["total_steps"]
+        lines.append(f"step {manifest['step']} of {total}, {newest}")
+    content = read_json(run / "evaluation.json")
+    for split in ("test", "validation"):
+        if split in content:
+            lines += [f"{split} set", format_table(content[split], recipe.evaluation.propensity)]
+    return "\n".join(lines)
