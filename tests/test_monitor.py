@@ -50,6 +50,17 @@ def test_a_resumed_run_continues_without_gap_or_duplicate(tmp_path):
     assert [event.step for event in events.Scalars("loss/loss")] == list(range(6))
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_over_cleanly(tmp_path):
+    for _ in range(2):
+        monitor = Monitor(tmp_path, 0, 3)
+        for step in range(3):
+            monitor.log_step(record(step))
+        monitor.close()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss/loss")] == [0, 1, 2]
+
+
 def test_timer_adds_up_parts():
     timer = StepTimer(torch.device("cpu"), synchronize=True)
     for _ in range(2):

@@ -52,7 +52,7 @@ class Monitor:
 
         self._jsonl = folder / "metrics.jsonl"
         _keep_steps_before(self._jsonl, first_step)
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc="training", unit=" steps", smoothing=0.05
         )
