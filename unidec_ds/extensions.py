@@ -14,7 +14,14 @@ from pathlib import Path
 
 
 def use_own_build_folder() -> Path:
-    """Returns the folder for compiled kernels; TORCH_EXTENSIONS_DIR, if set, stays in force."""
+    """Returns the folder for compiled kernels; TORCH_EXTENSIONS_DIR, if set, stays in force.
+
+    Also puts this environment's ninja first on the PATH, activated or not: another version of it
+    would take what is built for stale and build it again.
+    """
+    scripts, path = str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = os.pathsep.join([scripts, path])
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "unidec_ds" / f"kernels-{environment}"

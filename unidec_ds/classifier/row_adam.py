@@ -184,10 +184,6 @@ def load_cpu_adam() -> Any | None:
 def _build_cpu_adam() -> Any | None:
     from torch.utils.cpp_extension import _get_build_directory, is_ninja_available
 
-    # Where pip put ninja, in an environment that is not activated.
-    scripts = str(Path(sys.executable).parent)
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), scripts])
     use_own_build_folder()
     if compiler() is None or not is_ninja_available():
         warnings.warn(
