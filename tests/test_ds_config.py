@@ -82,8 +82,10 @@ def test_all_faults_are_listed_at_once(tmp_path):
 
 
 def test_agreeing_batch_keys_are_accepted(tmp_path):
-    load(tmp_path, {**ZERO, "train_batch_size": 12, "train_micro_batch_size_per_gpu": 4})
-    load(tmp_path, {**ZERO, "train_batch_size": 10, "gradient_accumulation_steps": "auto"})
+    given = {**ZERO, "train_batch_size": 12, "train_micro_batch_size_per_gpu": 4}
+    assert load(tmp_path, given).content == given
+    given = {**ZERO, "train_batch_size": 10, "gradient_accumulation_steps": "auto"}
+    assert load(tmp_path, given).for_engine(10, 3)["train_batch_size"] == 12
 
 
 def test_a_missing_file_says_where_to_look(tmp_path):
