@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from data.raw_corpora import WORDS
+from tiny import bert_config
 from torch.nn.functional import normalize
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 from unidec_ds.batch import make_chunks
 from unidec_ds.data.corpus import RaggedTokens
@@ -13,15 +13,7 @@ from unidec_ds.model import Masks, ModelConfig, UniDEC
 
 def make_model(**settings):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    config = bert_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return UniDEC(BertModel(config, add_pooling_layer=False), 16, ModelConfig(**settings))
 
 

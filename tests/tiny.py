@@ -15,10 +15,9 @@ DS_CONFIG = {
 }
 
 
-def make_encoder(folder: Path) -> str:
-    """Saves a two-layer BERT of width 16 with its tokenizer; returns its folder."""
-    save_tokenizer(folder)
-    config = BertConfig(
+def bert_config(**settings: float) -> BertConfig:
+    """Returns a two-layer BERT of width 16 over `WORDS`."""
+    return BertConfig(
         vocab_size=len(WORDS) + 4,
         hidden_size=16,
         num_hidden_layers=2,
@@ -26,9 +25,15 @@ def make_encoder(folder: Path) -> str:
         intermediate_size=32,
         max_position_embeddings=16,
         pad_token_id=0,
+        **settings,
     )
+
+
+def make_encoder(folder: Path) -> str:
+    """Saves a two-layer BERT of width 16 with its tokenizer; returns its folder."""
+    save_tokenizer(folder)
     torch.manual_seed(0)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    BertModel(bert_config(), add_pooling_layer=False).save_pretrained(folder)
     return str(folder)
 
 
