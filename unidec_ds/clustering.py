@@ -30,7 +30,7 @@ from torch import Tensor
 
 from unidec_ds.data.keyed import hash64
 from unidec_ds.data.pairs import Ids
-from unidec_ds.index import fixed_blocks
+from unidec_ds.search import fixed_blocks
 
 SAMPLE = 16384
 """Rows of a part on which the direction of its split is found; all of its rows are then split."""

@@ -19,8 +19,8 @@ from unidec_ds import comm
 from unidec_ds.batch import make_chunks
 from unidec_ds.data.corpus import TextTable
 from unidec_ds.data.pairs import Ids
-from unidec_ds.index import fixed_blocks
 from unidec_ds.model import Chunk, UniDEC
+from unidec_ds.search import fixed_blocks
 
 View = Literal["encoder", "de", "classifier"]
 """What to make of a pooled text: the encoder's own embedding, g1 or g2; all L2-normalised."""

@@ -35,9 +35,9 @@ from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.keyed import hash64
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.embedding import BLOCK, View, embed, embed_all
-from unidec_ds.index import TopK, fixed_blocks, query_block
 from unidec_ds.metrics import inverse_propensity, score_predictions
 from unidec_ds.model import UniDEC
+from unidec_ds.search import TopK, fixed_blocks, query_block
 from unidec_ds.settings import Settings
 
 KS = (1, 3, 5, 10, 100)

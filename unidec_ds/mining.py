@@ -46,8 +46,8 @@ from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.embedding import BLOCK, embed, embed_all
 from unidec_ds.errors import CheckpointError
-from unidec_ds.index import LABEL_BLOCK, TopK, fixed_blocks, mask_pairs, query_block
 from unidec_ds.model import UniDEC
+from unidec_ds.search import LABEL_BLOCK, TopK, fixed_blocks, mask_pairs, query_block
 from unidec_ds.settings import Settings
 
 _SHORTLISTS, _CLUSTERS, _RECORD = "shortlists.npy", "clusters.npy", "mined.json"

@@ -29,8 +29,8 @@ from unidec_ds.embedding import BLOCK, chunk_size, embed
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
-from unidec_ds.index import exact_search, fixed_blocks
 from unidec_ds.model import Chunk
+from unidec_ds.search import exact_search, fixed_blocks
 
 _BATCH = 256
 

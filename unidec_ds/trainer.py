@@ -37,13 +37,13 @@ from unidec_ds.ds_config import DsConfig
 from unidec_ds.embedding import BLOCK, embed_all
 from unidec_ds.engine import Engine
 from unidec_ds.evaluation import Evaluation
-from unidec_ds.index import fixed_blocks
 from unidec_ds.losses import HeadLoss, head_loss
 from unidec_ds.mining import last_mined_epoch, mine, mines_at, open_mined, remove_mined
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
 from unidec_ds.run import UNTRAINED, write_json
+from unidec_ds.search import fixed_blocks
 
 
 class NonFiniteError(RuntimeError):

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from unidec_ds.data.pairs import Pairs
-from unidec_ds.index import LABEL_BLOCK, TopK, fixed_blocks, query_block
 from unidec_ds.metrics import frequency_breakdown, inverse_propensity, score_predictions
+from unidec_ds.search import LABEL_BLOCK, TopK, fixed_blocks, query_block
 
 NUM_QUERIES, NUM_LABELS = 134_835, 131_073
 SLICE = 2048  # queries per turn

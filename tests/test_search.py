@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidec_ds import index
+from unidec_ds import search
 from unidec_ds.data.pairs import Pairs
-from unidec_ds.index import TopK, exact_search, fixed_blocks
+from unidec_ds.search import TopK, exact_search, fixed_blocks
 
 
 def sorted_by_definition(scores, k, exclude=()):
@@ -100,8 +100,8 @@ def test_ranks_that_share_the_label_blocks_merge_to_the_same_bits(world_size):
 
 
 def test_exact_search_across_blocks(monkeypatch):
-    monkeypatch.setattr(index, "LABEL_BLOCK", 64)
-    monkeypatch.setattr(index, "query_block", lambda device: 16)
+    monkeypatch.setattr(search, "LABEL_BLOCK", 64)
+    monkeypatch.setattr(search, "query_block", lambda device: 16)
     g = torch.Generator().manual_seed(2)
     queries, labels = torch.randn(50, 8, generator=g), torch.randn(200, 8, generator=g)
     exclude = Pairs.from_pairs([0, 0, 49], [3, 150, 199], 50, 200)
