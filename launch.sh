@@ -16,7 +16,8 @@ Every OPTION is passed on to train.py and replaces the default, which is
 
   --recipe quickstart
   --ds_config ds_configs/single_gpu_offload_bf16.json    with a GPU
-              ds_configs/cpu.json                        without
+              ds_configs/cpu_bf16.json                   without, on a CPU with bf16 matrix units
+              ds_configs/cpu.json                        without either
   --resume auto
 
 and the run directory is runs/RECIPE.
@@ -78,6 +79,9 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
   esac
 else
   ds_config=${here}ds_configs/cpu.json
+  if grep --quiet --no-messages --word-regexp amx_bf16 /proc/cpuinfo; then
+    ds_config=${here}ds_configs/cpu_bf16.json
+  fi
   launcher+=(--num_accelerators 1)
   export DS_ACCELERATOR=cpu
   if command -v nvidia-smi >/dev/null; then
