@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from unidec_ds import checkpoint, comm
-from unidec_ds.assembly import build_model, evaluate_split, table_placement, trained_views
+from unidec_ds.assembly import (
+    build_model,
+    evaluate_split,
+    table_placement,
+    trained_views,
+    tune_unified,
+)
 from unidec_ds.batch import Batch, make_batch
 from unidec_ds.classifier import partition
 from unidec_ds.classifier.table import ClassifierTable
@@ -44,6 +51,7 @@ from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory
 from unidec_ds.optim import learning_rates
 from unidec_ds.run import UNTRAINED, write_json
 from unidec_ds.search import fixed_blocks
+from unidec_ds.unified import UnifiedWeight
 
 
 class NonFiniteError(RuntimeError):
@@ -388,11 +396,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, split: str) -> Evaluation:
-        """Evaluates every trained view on "test" or "validation"."""
+    def evaluate(
+        self, split: str, unified_weights: Mapping[str, float] | None = None
+    ) -> Evaluation:
+        """Evaluates every trained view on "test" or "validation", and further weightings."""
         return evaluate_split(
-            self.model, self.table, self.corpus, self.recipe, split, trained_views(self.recipe)
+            self.model,
+            self.table,
+            self.corpus,
+            self.recipe,
+            split,
+            trained_views(self.recipe),
+            unified_weights=unified_weights,
         )
+
+    def tune_unified(self) -> UnifiedWeight | None:
+        """Chooses the unified view's weight on the validation queries, if there are any."""
+        return tune_unified(self.model, self.table, self.corpus, self.recipe)
 
     @property
     def final_split(self) -> str:
