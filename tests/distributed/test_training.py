@@ -60,7 +60,8 @@ def test_any_world_size_trains_the_same_model(inputs, one_rank, tmp_path, world_
     assert_same_training(one, many, run, tmp_path / "many")
     ours = json.loads((run / "evaluation.json").read_text())["test"]
     theirs = json.loads((tmp_path / "many" / "evaluation.json").read_text())["test"]
-    assert ours.keys() == theirs.keys() == {"untrained", "de", "classifier", "unified"}
+    views = {"untrained", "de", "classifier", "unified", "unified_tuned"}
+    assert ours.keys() == theirs.keys() == views
     assert ours["untrained"] == theirs["untrained"]  # same weights: the same to the last digit
     for view in ours:
         assert theirs[view]["P@1"] == pytest.approx(ours[view]["P@1"], abs=10)
