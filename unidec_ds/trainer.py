@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from unidec_ds.embedding import BLOCK, embed_all
 from unidec_ds.engine import Engine
 from unidec_ds.evaluation import Evaluation
 from unidec_ds.losses import HeadLoss, head_loss
-from unidec_ds.mining import last_mined_epoch, mine, mines_at, open_mined, remove_mined
+from unidec_ds.miner import Miner
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
@@ -134,6 +134,9 @@ class Trainer:
         elif recipe.classifier.init == "label_text":
             self._start_rows_from_label_texts()
         self.monitor = Monitor(run, self.step, self.total_steps)
+        self.miner = Miner(
+            recipe, self.model, corpus, train_ids, run, self.monitor, first_step=self.step
+        )
 
     # ------------------------------------------------------------------ the run
 
@@ -143,7 +146,7 @@ class Trainer:
             self._evaluate_untrained()
         while self.step < self.total_steps:
             epoch = self.step // self.planner.steps_per_epoch
-            self._refresh_mining(epoch)
+            self.planner = self.miner.refresh(self.planner, epoch, self.step)
             epoch_end = min((epoch + 1) * self.planner.steps_per_epoch, self.total_steps)
             with Prefetcher(self._make_batch, self.step, epoch_end) as batches:
                 for _ in range(self.step, epoch_end):
@@ -195,6 +198,7 @@ class Trainer:
             self._stop_unless_finite("gradient norm", self._worst_norm(grad_norm, rows_PD), batch)
             if objective.classifier != "none":
                 self.table.apply(rows_PD, lr=rates.row)
+            self.miner.keep_vectors(batch, embeddings, self.step)
         return StepResult(losses, grad_norm)
 
     # ------------------------------------------------------------------ parts of a step
@@ -294,6 +298,7 @@ class Trainer:
             batch = next(batches).to(self.device)
         result = self.train_step(batch, timer)
         seconds = time.perf_counter() - start
+        self.miner.add_step(seconds)
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": batch.plan.epoch,
@@ -314,40 +319,8 @@ class Trainer:
         if every and self.step % every == 0 and self.step < self.total_steps:
             self._save()
 
-    def _refresh_mining(self, epoch: int) -> None:
-        """Mines before the epochs that ask for it; after a resume re-opens what was mined last."""
-        config, folder = self.recipe.mining, self.run / "mining"
-        mined_epoch = last_mined_epoch(config, epoch)
-        if mined_epoch is None:
-            return
-        clustered = self.recipe.batches.kind == "clustered"
-        if mines_at(config, epoch) and self.step == epoch * self.planner.steps_per_epoch:
-            mined = mine(
-                self.model,
-                self.corpus,
-                self.train_ids,
-                config=config,
-                num_clusters=self.planner.steps_per_epoch if clustered else None,
-                folder=folder,
-                epoch=epoch,
-                seed=self.recipe.train.seed,
-            )
-            seconds = {**asdict(mined.seconds), "total_s": mined.seconds.total_s}
-            self.monitor.log_scalars(self.step, "mining", seconds)
-            if comm.is_main():
-                remove_mined(folder, keep={epoch, *self._epochs_to_resume_with()})
-        else:
-            mined = open_mined(folder, mined_epoch)
-        self.planner = self.planner.with_mined(mined.shortlists, mined.clusters)
-
-    def _epochs_to_resume_with(self) -> set[int]:
-        """Returns the mined epochs that a kept checkpoint would open again."""
-        steps = checkpoint.kept_steps(self.run)
-        epochs = (step // self.planner.steps_per_epoch for step in steps)
-        mined = (last_mined_epoch(self.recipe.mining, epoch) for epoch in epochs)
-        return {epoch for epoch in mined if epoch is not None}
-
     def _after_epoch(self, epoch: int) -> None:
+        self.miner.log_share(self.step)
         every = self.recipe.evaluation.every_epochs
         if every and (epoch + 1) % every == 0 and len(self.validation_ids):
             result = self.evaluate("validation")
@@ -359,6 +332,7 @@ class Trainer:
             self.monitor.say(f"epoch {epoch + 1}: validation ({best}): {figures}")
 
     def _save(self) -> None:
+        self.miner.sync(self.step)
         checkpoint.save(
             self.run,
             self.step,
