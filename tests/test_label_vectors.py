@@ -13,14 +13,14 @@ from unidec_ds import label_vectors as module
 from unidec_ds.assembly import load_run, trained_views
 from unidec_ds.embedding import embed
 from unidec_ds.errors import UserError
-from unidec_ds.evaluation import search_labels
+from unidec_ds.evaluation import KS, evaluate
 from unidec_ds.label_vectors import (
     label_vectors,
     make_label_vectors,
     open_label_vectors,
     query_vectors,
-    record_path,
 )
+from unidec_ds.stamp import record_path
 
 CPU = torch.device("cpu")
 
@@ -53,16 +53,16 @@ def test_products_are_the_scores_of_evaluation(inputs, view, logits):
     queries = torch.cat(embed(run.model, test, ids, kinds, corpus.pad_token_id), dim=1)
     found = label_vectors(run, view, show_progress=False)
     scores = queries @ torch.from_numpy(np.array(found.vectors_LV)).T
-    top = search_labels(
+    result = evaluate(
         run.model, run.rows, corpus, ids, split="test", views=(view,),
-        cosine_classifier=logits == "cosine", k=corpus.num_labels, title="",
-    )[view]  # fmt: skip
-    expected, label_ids = top.result()
+        cosine_classifier=logits == "cosine", propensity=(0.55, 1.5),
+    ).predictions[view]  # fmt: skip
+    assert max(KS) > corpus.num_labels  # all labels are ranked
     for query in ids:
-        kept = label_ids[query][label_ids[query] >= 0]
-        torch.testing.assert_close(
-            scores[query, kept], expected[query, : len(kept)], rtol=0, atol=1e-6
-        )
+        kept = result.label_ids[query][result.label_ids[query] >= 0]
+        assert len(kept) > corpus.num_labels / 2
+        expected = torch.from_numpy(result.scores[query, : len(kept)])
+        torch.testing.assert_close(scores[query, kept], expected, rtol=0, atol=1e-6)
 
 
 def test_query_vectors_are_the_embeddings_evaluation_uses(run):

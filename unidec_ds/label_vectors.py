@@ -14,8 +14,7 @@ A label without a text has a zero dual-encoder part, as in `evaluation`.
     RUN/index/vectors-VIEW.npy    fp32, memory-mapped when opened
     RUN/index/vectors-VIEW.json   the checkpoint, corpus and settings they were made from
 
-The array is made once, block by block, and again when the run has a newer checkpoint; beside it is
-written last, so that what a killed process leaves is never taken for vectors.
+The array is made once, block by block, and again when the run has a newer checkpoint (`stamp`).
 
 Cost: one encoder pass over the label texts (none for `classifier`), then L·D·4 bytes of disk, twice
 that for `unified`. Memory: one block. No communication: one process makes them, others wait.
@@ -25,22 +24,18 @@ Shape legend: n labels of a call, L labels, D head width, V width of the view's 
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from unidec_ds import stamp
 from unidec_ds.assembly import LoadedRun, trained_views
 from unidec_ds.checkpoint import manifest_digest
 from unidec_ds.data.pairs import Ids
@@ -48,10 +43,7 @@ from unidec_ds.embedding import BLOCK, embed
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
 from unidec_ds.model import UniDEC
-from unidec_ds.run import write_json
 from unidec_ds.search import fixed_blocks
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -114,11 +106,10 @@ def label_vectors(
     """
     path = run.folder / "index" / f"vectors-{view}.npy"
     record = expected_record(run, view, weight_de)
-    if _mismatch(path, record) is not None:
+    if stamp.mismatch(path, record) is not None:
         try:
-            path.parent.mkdir(exist_ok=True)
-            with _locked(path):
-                if _mismatch(path, record) is not None:
+            with stamp.locked(path):
+                if stamp.mismatch(path, record) is not None:
                     write_label_vectors(
                         run, view, path, weight_de=weight_de, show_progress=show_progress
                     )
@@ -145,7 +136,7 @@ def open_label_vectors(
         UserError: there are none, they are damaged, or they were made from something else.
     """
     record = expected_record(run, view, weight_de)
-    if (fault := _mismatch(path, record)) is not None:
+    if (fault := stamp.mismatch(path, record)) is not None:
         raise UserError(
             f"{path} does not hold the label vectors of {run.folder} for view {view}: {fault}. "
             "Leave the file out, and the run makes its own"
@@ -184,10 +175,7 @@ def write_label_vectors(
             vectors_LV[start:end] = made_nV.cpu().numpy()
             bar.update(end - start)
     vectors_LV.flush()
-    # Without its record the old array is nothing; the new one gets its record last.
-    record_path(path).unlink(missing_ok=True)
-    beside.replace(path)
-    write_json(record_path(path), record)
+    stamp.put(beside, path, record)
 
 
 def make_label_vectors(
@@ -240,48 +228,3 @@ def query_vectors(model: UniDEC, pooled_nH: Tensor, view: SearchView) -> Tensor:
     if view != "de":
         parts.append(normalize(model.classify(pooled_nH), dim=-1))
     return torch.cat(parts, dim=1)
-
-
-def record_path(path: Path) -> Path:
-    """Returns where the record of a file of vectors lies."""
-    return path.with_suffix(".json")
-
-
-def _mismatch(path: Path, record: dict[str, Any]) -> str | None:
-    """Returns how the vectors at `path` differ from those of `record`; None if they are they."""
-    if not path.is_file():
-        return "there is no such file"
-    try:
-        found = json.loads(record_path(path).read_text(encoding="utf-8"))
-        shape = np.load(path, mmap_mode="r").shape
-    except (OSError, ValueError) as error:
-        return f"it or its record beside it cannot be read ({error})"
-    if not isinstance(found, dict):
-        return "its record is not a JSON object"
-    faults = [
-        f"{key} is {_short(found.get(key))}, needed {_short(value)}"
-        for key, value in record.items()
-        if found.get(key) != value
-    ]
-    if not faults and shape != (record["num_labels"], record["width"]):
-        faults.append(f"its shape is {shape}")
-    return "; ".join(faults) or None
-
-
-def _short(value: object) -> object:
-    return value[:24] if isinstance(value, str) else value
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file of vectors; says so if another process has it."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("waiting for another process that is making %s", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
