@@ -172,6 +172,11 @@ def write_label_vectors(
     with bar:
         for start, end in fixed_blocks(num_labels, BLOCK):
             made_nV = make_label_vectors(run, np.arange(start, end), view, weight_de)
+            if not made_nV.isfinite().all():
+                raise UserError(
+                    f"{run.checkpoint}: vectors of labels {start}..{end - 1} are not finite; the "
+                    "training diverged before it; use a run with a lower learning rate"
+                )
             vectors_LV[start:end] = made_nV.cpu().numpy()
             bar.update(end - start)
     vectors_LV.flush()
