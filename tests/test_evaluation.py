@@ -8,11 +8,16 @@ from tiny import make_inputs, write_recipe_file
 from torch.nn.functional import normalize
 
 from unidec_ds import comm
-from unidec_ds.assembly import build_model, evaluate_split, trained_views
+from unidec_ds.assembly import build_model, evaluate_split, trained_views, tune_unified
 from unidec_ds.classifier import partition
 from unidec_ds.config import load_recipe
+from unidec_ds.data.corpus import split_validation
+from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.prepare import resolve_corpus
-from unidec_ds.evaluation import sample_queries
+from unidec_ds.embedding import embed_all
+from unidec_ds.evaluation import KS, sample_queries
+from unidec_ds.metrics import inverse_propensity, score_predictions
+from unidec_ds.unified import GRID, choose_weight
 
 
 class Rows:
@@ -99,14 +104,19 @@ def test_rankings_equal_a_dense_search_with_filter_pairs_removed(folder):
         assert result.metrics[view]["P@1"] == pytest.approx(100 * np.mean(hits))
 
 
+def evaluated_and_tuned(folder):
+    return evaluated(folder), tuned(folder)
+
+
 def test_the_result_is_the_same_at_any_number_of_ranks(folder):
-    one = evaluated(folder)
+    one, one_weight = evaluated_and_tuned(folder)
     for world_size in (2, 3):
-        answers = run_ranks(world_size, evaluated, folder)
-        for answer in answers:
+        answers = run_ranks(world_size, evaluated_and_tuned, folder)
+        for answer, weight in answers:
             assert answer.metrics == one.metrics
+            assert weight == one_weight
         for view, predictions in one.predictions.items():
-            assert (answers[0].predictions[view].label_ids == predictions.label_ids).all()
+            assert (answers[0][0].predictions[view].label_ids == predictions.label_ids).all()
 
 
 def test_sampled_queries_are_few_sorted_and_seeded():
@@ -118,3 +128,92 @@ def test_sampled_queries_are_few_sorted_and_seeded():
     assert (sample_queries(ids, 10, seed=3) == sample).all()
     assert set(sample_queries(ids, 10, seed=4)) != set(sample)
     assert len(sample_queries(ids, 0, seed=3)) == len(sample_queries(ids, 500, seed=3)) == 100
+
+
+def weighted(folder):
+    recipe, corpus, model, matrix = setting(folder)
+    weights = {"half": 0.5, "rows alone": 0.0, "0.7": 0.7}
+    return evaluate_split(
+        model, Rows(matrix), corpus, recipe, "test", ("de", "unified"), unified_weights=weights
+    )
+
+
+def tuned(folder):
+    recipe, corpus, model, matrix = setting(folder)
+    return tune_unified(model, Rows(matrix), corpus, recipe)
+
+
+def test_weighted_rankings_are_the_unified_one_a_head_alone_and_a_dense_sum_between(folder):
+    _, corpus, model, matrix = setting(folder)
+    result = weighted(folder)
+    assert list(result.metrics) == ["de", "unified", "half", "rows alone", "0.7"]
+    assert result.metrics["half"] == result.metrics["unified"]
+    np.testing.assert_array_equal(
+        result.predictions["half"].scores, result.predictions["unified"].scores
+    )
+    ids = np.arange(len(corpus.queries["test"]))
+    query_de, query_rows = embed_all(
+        model, corpus.queries["test"], ids, ("de", "classifier"), corpus.pad_token_id
+    )
+    label_ids = np.arange(corpus.num_labels)
+    (label_de,) = embed_all(model, corpus.labels, label_ids, ("de",), corpus.pad_token_id)
+    label_de[torch.from_numpy(~corpus.label_has_text)] = 0.0
+    cosines = query_de @ label_de.T, query_rows @ normalize(matrix, dim=-1).T
+    for name, weight in (("rows alone", 0.0), ("0.7", 0.7)):
+        found = result.predictions[name]
+        scores = 2 * (weight * cosines[0] + (1 - weight) * cosines[1])
+        filters = corpus.filter_pairs["test"]
+        scores[torch.from_numpy(filters.rows_of_pairs()), filters.indices.astype(np.int64)] = -9e9
+        kept = found.label_ids[:, :40]
+        best = scores.sort(dim=1, descending=True).values[:, :40]
+        torch.testing.assert_close(scores.gather(1, torch.from_numpy(kept)), best)
+
+
+def test_the_weight_is_chosen_on_the_validation_queries_alone(folder):
+    recipe, corpus, model, matrix = setting(folder)
+    one = tuned(folder)
+    _, validation_ids = split_validation(
+        corpus, recipe.corpus.validation_fraction, recipe.train.seed
+    )
+    assert one.num_queries == len(validation_ids) > 0
+    assert tuple(one.metrics) == GRID
+    # The metrics it chose by are those of the validation queries' own rankings.
+    whole = evaluate_split(
+        model, Rows(matrix), corpus, recipe, "validation", (), unified_weights={"w": one.weight_de}
+    )
+    truth_rows, truth_columns = corpus.positives["train"].take(validation_ids)
+    truth = Pairs.from_pairs(truth_rows, truth_columns, len(validation_ids), corpus.num_labels)
+    expected = score_predictions(
+        truth,
+        whole.predictions["w"].label_ids,
+        inverse_propensity=inverse_propensity(
+            corpus.positives["train"], *recipe.evaluation.propensity
+        ),
+        ks=KS,
+    )
+    assert one.metrics[one.weight_de] == expected
+    assert one.weight_de == choose_weight(one.metrics)
+
+
+def test_no_weight_is_chosen_where_there_is_nothing_to_choose_it_on(folder):
+    recipe, corpus, model, matrix = setting(folder)
+    for section, change in (
+        ("evaluation", {"tune_unified": False}),
+        ("corpus", {"validation_fraction": 0.0}),
+        ("objective", {"classifier": "none"}),
+    ):
+        changed = getattr(recipe, section).model_copy(update=change)
+        other = recipe.model_copy(update={section: changed})
+        assert tune_unified(model, Rows(matrix), corpus, other) is None
+
+
+def test_choice_of_the_weight_by_hand():
+    def metrics(ndcg):
+        weights = (0.0, 0.25, 0.5, 0.75, 1.0)
+        return {w: {"nDCG@5": value} for w, value in zip(weights, ndcg, strict=True)}
+
+    # A lone peak loses to a broad one: (1 + 9 + 1) / 3 against (6 + 6 + 6) / 3.
+    assert choose_weight(metrics([1.0, 9.0, 1.0, 6.0, 6.0])) == 1.0
+    assert choose_weight(metrics([1.0, 2.0, 9.0, 2.0, 1.0])) == 0.5
+    assert choose_weight(metrics([5.0, 5.0, 5.0, 5.0, 5.0])) == 0.5  # ties: the nearest to equal
+    assert choose_weight(metrics([9.0, 5.0, 5.0, 5.0, 5.0])) == 0.0  # an end has one neighbour

@@ -94,8 +94,14 @@ def test_a_run_directory_follows_the_contract(inputs, plain):
     keys = {"step", "epoch", "loss", "loss_de", "loss_classifier", "lr", "pool_size", "step_s"}
     assert keys <= first.keys()
     evaluation = json.loads((run / "evaluation.json").read_text())
-    for view in ("untrained", "de", "classifier", "unified"):
-        assert {"P@1", "nDCG@5", "PSP@5", "R@100"} <= evaluation["test"][view].keys()
+    cut_offs = (1, 3, 5, 10, 100)
+    names = ("P", "nDCG", "PSP", "PSnDCG", "R", "coverage")
+    for view in ("untrained", "de", "classifier", "unified", "unified_tuned"):
+        assert evaluation["test"][view].keys() == {f"{n}@{k}" for n in names for k in cut_offs}
+    chosen = evaluation["details"]["unified_tuned"]
+    assert chosen["chosen_on"] == "validation"
+    assert f"{chosen['weight_de']:g}" in chosen["tried"]
+    assert f"unified_tuned: weight of the dual encoder {chosen['weight_de']:g}" in plain.stdout
 
 
 def test_a_finished_run_is_reused_evaluated_and_asked(inputs, plain, tmp_path):
@@ -111,7 +117,9 @@ def test_a_finished_run_is_reused_evaluated_and_asked(inputs, plain, tmp_path):
     done = command("evaluate", str(inputs / "plain"), "--json", str(tmp_path / "m.json"))
     assert done.returncode == 0, done.stderr
     trained = json.loads((inputs / "plain" / "evaluation.json").read_text())["test"]
-    for view, metrics in json.loads((tmp_path / "m.json").read_text())["test"].items():
+    again = json.loads((tmp_path / "m.json").read_text())["test"]
+    assert list(again) == ["de", "classifier", "unified", "unified_tuned"]
+    for view, metrics in again.items():
         assert metrics == pytest.approx(trained[view])
     done = command(
         "predict", str(inputs / "plain"), "--input", "-", "--k", "3", "--json",

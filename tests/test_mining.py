@@ -10,22 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_encoder, make_raw_corpus
+from torch.nn.functional import normalize
 
 from unidec_ds import embedding, mining
 from unidec_ds.data.prepare import prepare
 from unidec_ds.embedding import embed_all
 from unidec_ds.encoders import EncoderConfig, load_encoder
 from unidec_ds.errors import CheckpointError
-from unidec_ds.mining import (
-    MiningConfig,
-    label_block,
-    last_mined_epoch,
-    mine,
-    mines_at,
-    open_mined,
-    remove_mined,
-)
+from unidec_ds.mined import MiningTexts, open_mined, remove_mined
+from unidec_ds.mining import MiningConfig, label_block, last_mined_epoch, mine, mines_at
 from unidec_ds.model import ModelConfig, UniDEC
+from unidec_ds.vector_cache import VectorCache
 
 NUM_TRAIN, NUM_LABELS = 90, 60
 
@@ -47,7 +42,7 @@ def model(corpus):
     return UniDEC(encoder, 16, ModelConfig(width=12))
 
 
-def mine_here(model, corpus, folder, *, query_ids=None, num_clusters=None, **settings):
+def mine_here(model, corpus, folder, *, query_ids=None, num_clusters=None, kept=None, **settings):
     return mine(
         model,
         corpus,
@@ -57,6 +52,7 @@ def mine_here(model, corpus, folder, *, query_ids=None, num_clusters=None, **set
         folder=folder,
         epoch=5,
         seed=1,
+        kept=kept,
     )
 
 
@@ -101,6 +97,43 @@ def test_shortlists_are_those_of_a_dense_argsort(
         assert np.isin(found[:filled], allowed).all()
         best = np.sort(scores_L[allowed])[::-1][:filled]
         np.testing.assert_allclose(scores_L[found[:filled]], best, atol=1e-5)
+
+
+def test_kept_vectors_are_used_and_only_other_texts_are_encoded(
+    model, corpus, tmp_path, small_blocks
+):
+    queries, labels = corpus.queries["train"], corpus.labels
+    vectors = {
+        kind: embed_all(model, table, np.arange(len(table)), ("de",), corpus.pad_token_id)[0]
+        for kind, table in (("queries", queries), ("labels", labels))
+    }
+    sizes = {"queries": NUM_TRAIN, "labels": NUM_LABELS}
+    cache = VectorCache(tmp_path / "vectors", sizes, model.width, {}, first_step=0)
+    generator = torch.Generator().manual_seed(3)
+    num_kept = 0
+    for kind, size in sizes.items():
+        # Another direction than the model's, so that a kept vector cannot pass for a fresh one.
+        ids = np.flatnonzero(np.arange(size) % 3 > 0)
+        if kind == "labels":
+            ids = ids[corpus.label_has_text[ids]]
+        other = torch.randn(len(ids), model.width, generator=generator)
+        vectors[kind][torch.from_numpy(ids)] = normalize(other).half().float()
+        cache.keep(kind, ids, normalize(other), step=4)
+        num_kept += len(ids)
+    mined = mine_here(
+        model, corpus, tmp_path, kept=cache.fresh(5, max_age_steps=3), shortlist_size=7
+    )
+
+    scores = vectors["queries"] @ vectors["labels"].T
+    scores[:, torch.from_numpy(~corpus.label_has_text)] = -torch.inf
+    for pairs in (corpus.positives["train"], corpus.filter_pairs["train"]):
+        scores[torch.from_numpy(pairs.rows_of_pairs()), pairs.indices.astype(np.int64)] = -torch.inf
+    best = scores.sort(dim=1, descending=True).values[:, :7]
+    found = scores.gather(1, torch.from_numpy(mined.shortlists.astype(np.int64)))
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-5)
+    total = NUM_TRAIN + np.count_nonzero(corpus.label_has_text)
+    assert mined.texts == MiningTexts(encoded=total - num_kept, reused=num_kept)
+    assert open_mined(tmp_path, 5).texts == mined.texts
 
 
 def test_clusters_are_balanced_and_optional(model, corpus, tmp_path):

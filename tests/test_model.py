@@ -38,7 +38,11 @@ def one_by_one(model, texts):
 def test_chunked_encoding_equals_one_text_at_a_time_and_so_do_its_gradients(chunk, recompute):
     texts, model = random_texts(), make_model()
     chunks, order = make_chunks(texts, chunk, pad_token_id=0)
-    out = model(chunks, order, 5, 8, None, recompute)
+    *out, query_clean, label_clean = model(chunks, order, 5, 8, None, recompute)
+    assert torch.equal(query_clean, out[0])
+    assert torch.equal(label_clean, out[2])
+    assert not query_clean.requires_grad
+    assert not label_clean.requires_grad
     loss = sum((part * torch.arange(16)).sum() for part in out)
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -98,6 +102,10 @@ def test_masks_drop_before_the_norm_and_embeddings_are_fp32_under_bf16():
     assert (out.query_de_BD[:, 3] == 0).all()
     assert (out.query_classifier_BD[:, 3] == 0).all()
     torch.testing.assert_close(out.query_de_BD.norm(dim=1), torch.ones(5))
+    unmasked = model(chunks, order, 5, 8)
+    for clean in ("query_de_clean_BD", "label_de_clean_PD"):
+        assert not getattr(out, clean).requires_grad
+        assert torch.equal(getattr(out, clean), getattr(unmasked, clean))
 
 
 def test_a_rank_without_texts_still_runs_the_encoder_and_gives_zero_gradients():

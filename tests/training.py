@@ -11,10 +11,22 @@ from typing import Any
 import torch
 
 
+class CrashError(Exception):
+    """What a run that is to crash dies of."""
+
+
 def train(
-    recipe_file: str, ds_config: str, run: str, overrides: list[str], resume: str | None = None
+    recipe_file: str,
+    ds_config: str,
+    run: str,
+    overrides: list[str],
+    resume: str | None = None,
+    crash_at: int | None = None,
 ) -> dict[str, Any]:
-    """Runs a whole job; returns its logged losses and final weights (whole on every rank)."""
+    """Runs a whole job; returns its logged losses and final weights (whole on every rank).
+
+    With `crash_at` the job dies before that step, on every rank; nothing is returned.
+    """
     from unidec_ds.config import load_recipe
     from unidec_ds.engine import start_engine
     from unidec_ds.job import evaluate_and_report, prepare_job
@@ -38,6 +50,20 @@ def train(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_mark)
+    if crash_at is not None:
+        try_step = trainer.train_step
+
+        def step_or_crash(*arguments: Any) -> Any:
+            if trainer.step == crash_at:
+                raise CrashError
+            return try_step(*arguments)
+
+        trainer.train_step = step_or_crash  # type: ignore[method-assign]
+        try:
+            trainer.fit()
+        except CrashError:
+            engine.close()
+            return {}
     trainer.fit()
     note_parameters_without_gradient()
     report = evaluate_and_report(trainer)

@@ -5,6 +5,7 @@ Shared by the trainer and by everything that uses a trained run (evaluate, predi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from unidec_ds.encoders import load_encoder
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import Evaluation, RowSource, SearchView, evaluate, sample_queries
 from unidec_ds.model import UniDEC
+from unidec_ds.unified import GRID, UnifiedWeight, choose_weight
 
 
 def build_model(recipe: Recipe, device: torch.device) -> UniDEC:
@@ -76,8 +78,11 @@ def evaluate_split(
     split: str,
     views: tuple[SearchView, ...],
     title: str = "evaluating",
+    unified_weights: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Evaluates `views` on the "test" or the "validation" queries; every rank must call.
+
+    `unified_weights` names further rankings, see `evaluate`.
 
     Raises:
         UserError: the corpus has no test set, or the recipe keeps no validation queries.
@@ -103,8 +108,32 @@ def evaluate_split(
         views=views,
         cosine_classifier=recipe.objective.classifier_logits == "cosine",
         propensity=recipe.evaluation.propensity,
+        unified_weights=unified_weights,
         title=title,
     )
+
+
+def tune_unified(
+    model: UniDEC, rows: RowSource, corpus: Corpus, recipe: Recipe
+) -> UnifiedWeight | None:
+    """Chooses the dual encoder's weight in the unified view; every rank must call.
+
+    Returns:
+        The same on every rank; None where the recipe does not ask for it, trains one head only or
+        keeps no validation queries.
+
+    Collectives: those of an evaluation of the validation queries.
+    """
+    _, query_ids = split_validation(corpus, recipe.corpus.validation_fraction, recipe.train.seed)
+    is_wanted = recipe.evaluation.tune_unified and "unified" in trained_views(recipe)
+    if not is_wanted or not len(query_ids):
+        return None
+    names = {f"{weight:g}": weight for weight in GRID}
+    result = evaluate_split(
+        model, rows, corpus, recipe, "validation", (), "weighing the views", names
+    )
+    metrics = {weight: result.metrics[name] for name, weight in names.items()}
+    return UnifiedWeight(choose_weight(metrics), len(result.query_ids), metrics)
 
 
 class SavedRows:

@@ -125,8 +125,10 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from unidec_ds.assembly import evaluate_split, load_run, trained_views
+    from unidec_ds.assembly import evaluate_split, load_run, trained_views, tune_unified
     from unidec_ds.evaluation import format_table
+    from unidec_ds.run import read_unified_weight
+    from unidec_ds.unified import TUNED_VIEW
 
     run = load_run(args.run, _device(), args.corpus)
     views = trained_views(run.recipe)
@@ -134,9 +136,20 @@ def _evaluate(args: argparse.Namespace) -> None:
         if args.view not in views:
             raise UserError(f"--view: this run trained {', '.join(views)}, not {args.view}")
         views = (args.view,)
-    result = evaluate_split(run.model, run.rows, run.corpus, run.recipe, args.split, views)
+    weight_de = None
+    if "unified" in views:
+        weight_de = read_unified_weight(run.folder, run.checkpoint)
+        if weight_de is None:
+            tuned = tune_unified(run.model, run.rows, run.corpus, run.recipe)
+            weight_de = tuned.weight_de if tuned else None
+    weights = {} if weight_de is None else {TUNED_VIEW: weight_de}
+    result = evaluate_split(
+        run.model, run.rows, run.corpus, run.recipe, args.split, views, unified_weights=weights
+    )
     print(f"{args.split} set, {run.checkpoint}")
     print(format_table(result.metrics, run.recipe.evaluation.propensity))
+    if weights:
+        print(f"{TUNED_VIEW}: weight of the dual encoder {weight_de:g}, chosen on validation")
     if args.json:
         args.json.write_text(json.dumps({args.split: result.metrics}, indent=2) + "\n")
 

@@ -2,8 +2,10 @@
 
 Three views of one model: the dual encoder alone (cosine of g1), the classifier alone, and unified:
 the L2-normalised vectors of both concatenated, so that its score is cos_DE + cos_classifier, one
-inner-product search. A fourth, "encoder", ranks by the encoder's own embeddings: evaluated before
-training it is the untrained baseline.
+inner-product search. With another weight w of the dual encoder the unified score is
+2·(w·cos_DE + (1-w)·cos_classifier); `unified` chooses one on the validation queries. A fourth view,
+"encoder", ranks by the encoder's own embeddings: evaluated before training it is the untrained
+baseline.
 
 Flow: all query vectors are made once and held on every rank (N·2D·4 bytes); then labels stream
 past in blocks of fixed ids, shared over the ranks in turn. A block's owner encodes its texts,
@@ -17,7 +19,7 @@ Shape legend: N queries, L labels, D width, K top-k, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, get_args
 
@@ -42,6 +44,8 @@ from unidec_ds.settings import Settings
 
 KS = (1, 3, 5, 10, 100)
 SearchView = Literal["encoder", "de", "classifier", "unified"]
+EQUAL_WEIGHT = 0.5
+"""Weight of the dual encoder in the view "unified"."""
 Split = Literal["train", "test"]
 
 
@@ -55,6 +59,10 @@ class EvaluationConfig(Settings):
     """Evaluate on the validation queries after every n-th epoch; 0 never does."""
     max_queries: Annotated[int, Field(ge=0)] = 0
     """Evaluate on this many queries, a seeded sample; 0 takes all."""
+    tune_unified: bool = True
+    """Where validation queries exist and both heads are trained: after training choose the weight
+    of the dual encoder in the unified view on them, and report it as the view `unified_tuned`
+    beside the equal weighting. Costs one more evaluation of the validation queries."""
 
 
 class RowSource(Protocol):
@@ -105,6 +113,7 @@ def evaluate(
     views: tuple[SearchView, ...],
     cosine_classifier: bool,
     propensity: tuple[float, float],
+    unified_weights: Mapping[str, float] | None = None,
     title: str = "evaluating",
 ) -> Evaluation:
     """Ranks all labels for `query_ids` in each view and scores the rankings.
@@ -118,6 +127,8 @@ def evaluate(
         views: what to rank by.
         cosine_classifier: whether the classifier view normalises the rows, as its loss did.
         propensity: (a, b); propensities always come from the full train positives.
+        unified_weights: further rankings by name, each the unified view with this weight of the
+            dual encoder, from 0 to 1.
         title: of the progress bar, drawn on rank 0.
 
     Collectives: one all-reduce of the query vectors, one gather of rows per block of labels, one
@@ -131,6 +142,7 @@ def evaluate(
         split=split,
         views=views,
         cosine_classifier=cosine_classifier,
+        unified_weights=unified_weights,
         k=max(KS),
         title=title,
     )
@@ -158,14 +170,17 @@ def search_labels(
     split: Split,
     views: tuple[SearchView, ...],
     cosine_classifier: bool,
+    unified_weights: Mapping[str, float] | None,
     k: int,
     title: str,
-) -> dict[SearchView, TopK]:
-    """Returns each view's running top-k over all labels; complete on rank 0 only.
+) -> dict[str, TopK]:
+    """Returns each view's running top-k over all labels, by name; complete on rank 0 only.
 
     Args: as in `evaluate`; `k` labels are kept per query.
     """
-    heads = _heads(views)
+    weights = {"unified": EQUAL_WEIGHT} if "unified" in views else {}
+    weights.update(unified_weights or {})
+    heads = _heads(views, with_unified=bool(weights))
     with tqdm(
         total=len(query_ids) + corpus.num_labels,
         desc=title,
@@ -183,7 +198,8 @@ def search_labels(
             )
         )
         device = next(model.parameters()).device
-        tops = {view: TopK(len(query_ids), k, device) for view in views}
+        names = dict.fromkeys((*views, *weights))
+        tops = {name: TopK(len(query_ids), k, device) for name in names}
         exclude = _rows(corpus.filter_pairs[split], query_ids)
         for first_label, labels in _label_vectors(model, rows, corpus, heads, bar):
             no_text = ~corpus.label_has_text[first_label : first_label + BLOCK]
@@ -195,6 +211,7 @@ def search_labels(
                 torch.from_numpy(np.flatnonzero(no_text)).to(device),
                 exclude,
                 cosine_classifier,
+                weights,
             )
     for top in tops.values():
         for keys in comm.gather_tensors(top.keys_QK)[1:]:
@@ -202,8 +219,8 @@ def search_labels(
     return tops
 
 
-def _heads(views: tuple[SearchView, ...]) -> tuple[View, ...]:
-    wanted = set(views) | ({"de", "classifier"} if "unified" in views else set())
+def _heads(views: tuple[SearchView, ...], with_unified: bool) -> tuple[View, ...]:
+    wanted = set(views) | ({"de", "classifier"} if with_unified else set())
     return tuple(head for head in get_args(View) if head in wanted)
 
 
@@ -255,40 +272,56 @@ def gather_rows(
 def _merge_block(
     queries: dict[View, Tensor],
     labels: dict[View, Tensor],
-    tops: dict[SearchView, TopK],
+    tops: dict[str, TopK],
     first_label: int,
     no_text: Tensor,
     exclude: Pairs,
     cosine_classifier: bool,
+    weights: Mapping[str, float],
 ) -> None:
-    """Scores one block of labels in every view; those without a text live on their row alone."""
-    num_queries = len(next(iter(queries.values())))
-    text_heads: tuple[Literal["encoder", "de"], ...] = tuple(
-        head for head in ("encoder", "de") if head in labels
-    )
-    unit_rows = normalize(labels["classifier"], dim=-1) if "classifier" in labels else None
-    step = query_block(next(iter(queries.values())).device)
-    for first_query, end_query in fixed_blocks(num_queries, step):
-        part = slice(first_query, end_query)
-        scores: dict[SearchView, Tensor] = {}
-        for head in text_heads:
-            scores[head] = queries[head][part] @ labels[head].T
-            scores[head][:, no_text] = 0.0
-        if unit_rows is not None:
-            cosine = queries["classifier"][part] @ unit_rows.T
-            scores["classifier"] = (
-                cosine
-                if cosine_classifier
-                else queries["classifier"][part] @ labels["classifier"].T
-            )
-            if "unified" in tops:
-                scores["unified"] = scores["de"] + cosine
-        for head in text_heads:
-            scores[head][:, no_text] = -torch.inf
-        for view, top in tops.items():
-            top.update(
-                scores[view], first_query=first_query, first_label=first_label, exclude=exclude
-            )
+    """Merges every ranking's scores of one block of labels into its top-k."""
+    some_queries = next(iter(queries.values()))
+    for first_query, end_query in fixed_blocks(len(some_queries), query_block(some_queries.device)):
+        part = {head: vectors[first_query:end_query] for head, vectors in queries.items()}
+        for name, scores_BL in _scores(part, labels, no_text, cosine_classifier, weights):
+            if name in tops:
+                tops[name].update(
+                    scores_BL, first_query=first_query, first_label=first_label, exclude=exclude
+                )
+
+
+def _scores(
+    queries: dict[View, Tensor],
+    labels: dict[View, Tensor],
+    no_text: Tensor,
+    cosine_classifier: bool,
+    weights: Mapping[str, float],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields each ranking's name and scores [B, L] of one block; the caller may overwrite them.
+
+    Labels without a text live on their row alone: their cosine_DE is 0 in a unified score.
+    """
+    scores = {
+        head: queries[head] @ vectors.T for head, vectors in labels.items() if head != "classifier"
+    }
+    for scores_BL in scores.values():
+        scores_BL[:, no_text] = 0.0
+    if "classifier" in labels:
+        cosine_BL = queries["classifier"] @ normalize(labels["classifier"], dim=-1).T
+        for name, weight in weights.items():
+            yield name, unified_score(scores["de"], cosine_BL, weight)
+        yield (
+            "classifier",
+            cosine_BL if cosine_classifier else queries["classifier"] @ labels["classifier"].T,
+        )
+    for head, scores_BL in scores.items():
+        scores_BL[:, no_text] = -torch.inf
+        yield head, scores_BL
+
+
+def unified_score(cosine_de: Tensor, cosine_classifier: Tensor, weight_de: float) -> Tensor:
+    """Returns 2·(w·cos_DE + (1-w)·cos_classifier), a new tensor; at w = 1/2 their plain sum."""
+    return (2 * weight_de * cosine_de).add_(cosine_classifier, alpha=2 * (1 - weight_de))
 
 
 def _rows(pairs: Pairs, rows: Ids) -> Pairs:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unidec_ds import checkpoint, comm
+from unidec_ds.assembly import trained_views
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.prepare import resolve_corpus
@@ -30,6 +31,7 @@ from unidec_ds.run import (
 )
 from unidec_ds.samples import describe_samples
 from unidec_ds.trainer import Trainer
+from unidec_ds.unified import TUNED_VIEW
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def evaluate_and_report(trainer: Trainer) -> str:
     Collectives: those of an evaluation; every rank must call. Ranks other than 0 return "".
     """
     split, run, recipe = trainer.final_split, trainer.run, trainer.recipe
-    result = trainer.evaluate(split)
+    tuned = trainer.tune_unified()
+    result = trainer.evaluate(split, {TUNED_VIEW: tuned.weight_de} if tuned else None)
     trainer.monitor.log_evaluation(trainer.step, recipe.train.epochs, split, result.metrics)
     if not comm.is_main():
         return ""
@@ -108,8 +111,9 @@ def evaluate_and_report(trainer: Trainer) -> str:
         "num_queries": len(result.query_ids),
         "propensity": list(recipe.evaluation.propensity),
         "checkpoint": str(checkpoint.latest(run)),
+        **({TUNED_VIEW: tuned.details()} if tuned else {}),
     }
-    view = list(result.metrics)[-1]
+    view = trained_views(recipe)[-1]
     samples = describe_samples(trainer.corpus, split, result.query_ids, result.predictions[view])
     trainer.monitor.log_text(trainer.step, "predictions", samples)
     settings = f"```\n{(run / 'config.yaml').read_text(encoding='utf-8')}```"
@@ -118,6 +122,7 @@ def evaluate_and_report(trainer: Trainer) -> str:
         [
             f"{split} set, {len(result.query_ids):,} queries, {trainer.corpus.num_labels:,} labels",
             format_table(metrics, recipe.evaluation.propensity),
+            *([tuned.describe(split)] if tuned else []),
             "",
             f"examples ({view}; + is a true label)",
             samples.strip("`\n"),

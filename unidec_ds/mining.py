@@ -24,13 +24,10 @@ ranks.
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -45,12 +42,12 @@ from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.embedding import BLOCK, embed, embed_all
-from unidec_ds.errors import CheckpointError
+from unidec_ds.mined import Mined, MiningSeconds, MiningTexts, open_mined, write_mined
 from unidec_ds.model import UniDEC
 from unidec_ds.search import LABEL_BLOCK, TopK, fixed_blocks, mask_pairs, query_block
 from unidec_ds.settings import Settings
+from unidec_ds.vector_cache import FreshVectors
 
-_SHORTLISTS, _CLUSTERS, _RECORD = "shortlists.npy", "clusters.npy", "mined.json"
 _MERGE_BLOCK = 65536  # queries whose keys are gathered on rank 0 at once: 20 MiB a rank at K = 40
 
 
@@ -64,38 +61,12 @@ class MiningConfig(Settings):
     """First epoch, counted from 0, that trains on mined negatives; mining comes just before it."""
     every_epochs: Annotated[int, Field(ge=0)] = 5
     """Epochs from one mining to the next; 0 = never mine."""
-
-
-@dataclass(frozen=True)
-class MiningSeconds:
-    """How long mining took on rank 0."""
-
-    embed_s: float
-    """Encoding this rank's share of the texts (and the exchange of query vectors)."""
-    search_s: float
-    """Scores and their best, waiting for the other ranks, merging."""
-    cluster_s: float
-    """Clustering; about 0 without clusters."""
-
-    @property
-    def total_s(self) -> float:
-        """The sum."""
-        return self.embed_s + self.search_s + self.cluster_s
-
-
-@dataclass(frozen=True)
-class Mined:
-    """What one mining found, memory-mapped; what `Planner` takes."""
-
-    epoch: int
-    """The epoch it was mined for."""
-    shortlists: NDArray[np.int32]
-    """[number of train queries, K] label ids by query_id, best first; -1 = empty, as is the whole
-    row of a query that was not mined for."""
-    clusters: NDArray[np.int32] | None
-    """[N], the cluster of each of the query ids that were mined for; None without clusters."""
-    seconds: MiningSeconds
-    """How long it took."""
+    source: Literal["encode", "cached"] = "encode"
+    """Where the vectors come from. `encode`: all texts are encoded with the weights as they are.
+    `cached`: the vectors that training steps made since the last mining (at most `every_epochs`
+    epochs before) are used as they are, and only the other texts are encoded. Cheaper by most of
+    the encoder pass; the vectors are of slightly older weights, and carry the encoder's own dropout
+    where `encoder.dropout` is set. Keeps 2·width bytes per text on disk, see `vector_cache`."""
 
 
 def last_mined_epoch(config: MiningConfig, epoch: int) -> int | None:
@@ -120,6 +91,7 @@ def mine(
     folder: Path,
     epoch: int,
     seed: int,
+    kept: FreshVectors | None = None,
 ) -> Mined:
     """Mines with the model as it is, writes the result into `folder`, and returns it.
 
@@ -133,6 +105,7 @@ def mine(
             of the same epoch is replaced.
         epoch: the epoch to come.
         seed: the run's seed.
+        kept: vectors to use instead of encoding their texts; None encodes all.
 
     Raises:
         FloatingPointError: the model is not finite.
@@ -146,9 +119,7 @@ def mine(
         total=num_texts, desc="mining: texts", unit="text", disable=not comm.is_main()
     ) as bar:
         queries = corpus.queries["train"]
-        (queries_ND,) = embed_all(
-            model, queries, query_ids, ("de",), corpus.pad_token_id, bar.update
-        )
+        queries_ND = _embed_queries(model, corpus, query_ids, kept, bar.update)
         embed_s = clock.lap()
         top = TopK(len(query_ids), config.shortlist_size, queries_ND.device)
         barred = [
@@ -158,7 +129,7 @@ def mine(
         size = label_block(corpus.num_labels)
         for number, (first, end) in enumerate(fixed_blocks(corpus.num_labels, size)):
             if number % comm.world_size() == comm.rank():
-                labels_LD = _embed_labels(model, corpus, first, end)
+                labels_LD = _embed_labels(model, corpus, first, end, kept)
                 embed_s += clock.lap()
                 never = ~corpus.label_has_text[first:end]
                 _search(top, queries_ND, labels_LD, first, never, barred)
@@ -174,40 +145,10 @@ def mine(
             key = seed_of(seed, "mining", epoch)
             clusters = balanced_clusters(queries_ND, num_clusters, key)
         seconds = MiningSeconds(embed_s, search_s, clock.lap())
-        _write(_folder(folder, epoch), shortlists, clusters, seconds)
+        texts = _count_texts(corpus, query_ids, kept)
+        write_mined(folder, epoch, shortlists, clusters, seconds, texts)
     comm.barrier()
     return open_mined(folder, epoch)
-
-
-def open_mined(folder: Path, epoch: int) -> Mined:
-    """Opens, memory-mapped, what `mine` wrote for `epoch`.
-
-    Raises:
-        CheckpointError: it is not there, or damaged.
-    """
-    place = _folder(folder, epoch)
-    try:
-        record = json.loads((place / _RECORD).read_text(encoding="utf-8"))
-        clusters = np.load(place / _CLUSTERS, mmap_mode="r") if record["clusters"] else None
-        return Mined(
-            epoch=epoch,
-            shortlists=np.load(place / _SHORTLISTS, mmap_mode="r"),
-            clusters=clusters,
-            seconds=MiningSeconds(**record["seconds"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{place}: cannot open the shortlists mined for epoch {epoch} ({error}); needed "
-            f"{_SHORTLISTS} and {_RECORD} as mining wrote them, on a disk that every rank sees. "
-            "Resume from a checkpoint of an earlier epoch, or put the folder back."
-        ) from None
-
-
-def remove_mined(folder: Path, keep: Collection[int]) -> None:
-    """Removes what was mined for all epochs but those in `keep`. For one rank to call."""
-    for place in folder.glob("epoch-*"):
-        if place.name not in {_folder(folder, epoch).name for epoch in keep}:
-            shutil.rmtree(place)
 
 
 def label_block(num_labels: int) -> int:
@@ -219,16 +160,65 @@ def label_block(num_labels: int) -> int:
     return min(LABEL_BLOCK, BLOCK * max(2, num_labels // (32 * BLOCK)))
 
 
-def _embed_labels(model: UniDEC, corpus: Corpus, first: int, end: int) -> Tensor:
+def _embed_queries(
+    model: UniDEC,
+    corpus: Corpus,
+    query_ids: Ids,
+    kept: FreshVectors | None,
+    on_texts: Callable[[int], object],
+) -> Tensor:
+    """Returns the DE vectors of train queries, fp32 [N, D], the same on every rank.
+
+    Collectives: an all-reduce of the vectors that are encoded.
+    """
+    queries = corpus.queries["train"]
+    if kept is None:
+        return embed_all(model, queries, query_ids, ("de",), corpus.pad_token_id, on_texts)[0]
+    is_kept = kept.is_fresh["queries"][query_ids]
+    device = next(model.parameters()).device
+    queries_ND = torch.empty(len(query_ids), model.width, device=device)
+    for start, stop in fixed_blocks(len(query_ids), BLOCK):
+        places = start + np.flatnonzero(is_kept[start:stop])
+        vectors = kept.read("queries", query_ids[places]).to(device)
+        queries_ND[torch.from_numpy(places).to(device)] = vectors
+        on_texts(len(places))
+    others = np.flatnonzero(~is_kept)
+    if len(others):
+        (encoded,) = embed_all(
+            model, queries, query_ids[others], ("de",), corpus.pad_token_id, on_texts
+        )
+        queries_ND[torch.from_numpy(others).to(device)] = encoded
+    return queries_ND
+
+
+def _embed_labels(
+    model: UniDEC, corpus: Corpus, first: int, end: int, kept: FreshVectors | None
+) -> Tensor:
     """Returns the DE vectors of labels first..end-1, fp32; zero for those without a text."""
-    columns = np.flatnonzero(corpus.label_has_text[first:end])
+    to_encode = corpus.label_has_text[first:end]
     device = next(model.parameters()).device
     labels_LD = torch.zeros(end - first, model.width, device=device)
+    if kept is not None:
+        is_kept = kept.is_fresh["labels"][first:end]
+        columns = np.flatnonzero(is_kept)
+        vectors = kept.read("labels", first + columns).to(device)
+        labels_LD[torch.from_numpy(columns).to(device)] = vectors
+        to_encode = to_encode & ~is_kept
+    columns = np.flatnonzero(to_encode)
     for start, stop in fixed_blocks(len(columns), BLOCK):
         block = columns[start:stop]
         (vectors,) = embed(model, corpus.labels, first + block, ("de",), corpus.pad_token_id)
         labels_LD[torch.from_numpy(block).to(device)] = vectors
     return labels_LD
+
+
+def _count_texts(corpus: Corpus, query_ids: Ids, kept: FreshVectors | None) -> MiningTexts:
+    total = len(query_ids) + int(np.count_nonzero(corpus.label_has_text))
+    if kept is None:
+        return MiningTexts(encoded=total, reused=0)
+    reused = np.count_nonzero(kept.is_fresh["queries"][query_ids])
+    reused += np.count_nonzero(kept.is_fresh["labels"] & corpus.label_has_text)
+    return MiningTexts(encoded=total - int(reused), reused=int(reused))
 
 
 def _search(
@@ -280,29 +270,6 @@ def _rows(pairs: Pairs, rows: Ids) -> Pairs:
     """Returns the pairs of some rows, in their order."""
     indptr = np.concatenate([[0], np.cumsum(pairs.row_counts(rows))])
     return Pairs(indptr, pairs.take(rows)[1].astype(np.int32), pairs.num_columns)
-
-
-def _folder(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:04d}"
-
-
-def _write(
-    place: Path,
-    shortlists: NDArray[np.int32],
-    clusters: NDArray[np.int32] | None,
-    seconds: MiningSeconds,
-) -> None:
-    """Writes one mining's files beside `place` and renames them, whole, to it."""
-    partial = place.with_name(f".{place.name}.partial")
-    for stale in (partial, place):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    np.save(partial / _SHORTLISTS, shortlists)
-    if clusters is not None:
-        np.save(partial / _CLUSTERS, clusters)
-    record = {"clusters": clusters is not None, "seconds": asdict(seconds)}
-    (partial / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    partial.rename(place)
 
 
 class _Clock:

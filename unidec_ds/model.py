@@ -69,6 +69,10 @@ class Embeddings(NamedTuple):
     """Classifier-head vectors of the queries, not normalised."""
     label_de_PD: Tensor
     """L2-normalised dual-encoder embeddings of the labels."""
+    query_de_clean_BD: Tensor
+    """`query_de_BD` without head dropout; detached."""
+    label_de_clean_PD: Tensor
+    """`label_de_PD` without head dropout; detached."""
 
 
 class UniDEC(nn.Module):
@@ -120,10 +124,18 @@ class UniDEC(nn.Module):
         pooled = torch.cat([self.pool(chunk, recompute) for chunk in chunks])
         pooled = pooled.index_select(0, order)
         queries_BH, labels_PH = pooled.split([num_queries, num_labels])
+        query_de_BD = self.embed(queries_BH, masks.query_de_BD if masks else None)
+        label_de_PD = self.embed(labels_PH, masks.label_de_PD if masks else None)
+        query_de_clean_BD, label_de_clean_PD = query_de_BD.detach(), label_de_PD.detach()
+        if masks:
+            with torch.no_grad():
+                query_de_clean_BD, label_de_clean_PD = map(self.embed, (queries_BH, labels_PH))
         return Embeddings(
-            self.embed(queries_BH, masks.query_de_BD if masks else None),
+            query_de_BD,
             self.classify(queries_BH, masks.query_classifier_BD if masks else None),
-            self.embed(labels_PH, masks.label_de_PD if masks else None),
+            label_de_PD,
+            query_de_clean_BD,
+            label_de_clean_PD,
         )
 
     def pool(self, chunk: Chunk, recompute: bool = False) -> Tensor:

@@ -26,6 +26,7 @@ from unidec_ds.config import Recipe, load_recipe, write_recipe
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import format_table
+from unidec_ds.unified import TUNED_VIEW
 
 UNTRAINED = "untrained.json"
 REPORT = "report.txt"
@@ -138,6 +139,22 @@ def _changed(before: Recipe, after: Recipe) -> list[str]:
             if old[section].get(key) != value:
                 lines.append(f"{name}: was {old[section].get(key)}, now {value}")
     return lines
+
+
+def read_unified_weight(run: Path, newest: Path) -> float | None:
+    """Returns the dual encoder's weight that the final report chose for the unified view.
+
+    Args:
+        run: the run directory.
+        newest: its newest checkpoint.
+
+    Returns:
+        None if there is no final report of that checkpoint, or it chose none.
+    """
+    details = read_json(run / "evaluation.json").get("details", {})
+    if TUNED_VIEW not in details or Path(details.get("checkpoint", "")).name != newest.name:
+        return None
+    return float(details[TUNED_VIEW]["weight_de"])
 
 
 def describe_run(run: Path) -> str:

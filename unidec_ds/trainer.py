@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from unidec_ds import checkpoint, comm
-from unidec_ds.assembly import build_model, evaluate_split, table_placement, trained_views
+from unidec_ds.assembly import (
+    build_model,
+    evaluate_split,
+    table_placement,
+    trained_views,
+    tune_unified,
+)
 from unidec_ds.batch import Batch, make_batch
 from unidec_ds.classifier import partition
 from unidec_ds.classifier.table import ClassifierTable
@@ -38,12 +45,13 @@ from unidec_ds.embedding import BLOCK, embed_all
 from unidec_ds.engine import Engine
 from unidec_ds.evaluation import Evaluation
 from unidec_ds.losses import HeadLoss, head_loss
-from unidec_ds.mining import last_mined_epoch, mine, mines_at, open_mined, remove_mined
+from unidec_ds.miner import Miner
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
 from unidec_ds.run import UNTRAINED, write_json
 from unidec_ds.search import fixed_blocks
+from unidec_ds.unified import UnifiedWeight
 
 
 class NonFiniteError(RuntimeError):
@@ -126,6 +134,9 @@ class Trainer:
         elif recipe.classifier.init == "label_text":
             self._start_rows_from_label_texts()
         self.monitor = Monitor(run, self.step, self.total_steps)
+        self.miner = Miner(
+            recipe, self.model, corpus, train_ids, run, self.monitor, first_step=self.step
+        )
 
     # ------------------------------------------------------------------ the run
 
@@ -135,7 +146,7 @@ class Trainer:
             self._evaluate_untrained()
         while self.step < self.total_steps:
             epoch = self.step // self.planner.steps_per_epoch
-            self._refresh_mining(epoch)
+            self.planner = self.miner.refresh(self.planner, epoch, self.step)
             epoch_end = min((epoch + 1) * self.planner.steps_per_epoch, self.total_steps)
             with Prefetcher(self._make_batch, self.step, epoch_end) as batches:
                 for _ in range(self.step, epoch_end):
@@ -187,6 +198,7 @@ class Trainer:
             self._stop_unless_finite("gradient norm", self._worst_norm(grad_norm, rows_PD), batch)
             if objective.classifier != "none":
                 self.table.apply(rows_PD, lr=rates.row)
+            self.miner.keep_vectors(batch, embeddings, self.step)
         return StepResult(losses, grad_norm)
 
     # ------------------------------------------------------------------ parts of a step
@@ -286,6 +298,7 @@ class Trainer:
             batch = next(batches).to(self.device)
         result = self.train_step(batch, timer)
         seconds = time.perf_counter() - start
+        self.miner.add_step(seconds)
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": batch.plan.epoch,
@@ -306,40 +319,8 @@ class Trainer:
         if every and self.step % every == 0 and self.step < self.total_steps:
             self._save()
 
-    def _refresh_mining(self, epoch: int) -> None:
-        """Mines before the epochs that ask for it; after a resume re-opens what was mined last."""
-        config, folder = self.recipe.mining, self.run / "mining"
-        mined_epoch = last_mined_epoch(config, epoch)
-        if mined_epoch is None:
-            return
-        clustered = self.recipe.batches.kind == "clustered"
-        if mines_at(config, epoch) and self.step == epoch * self.planner.steps_per_epoch:
-            mined = mine(
-                self.model,
-                self.corpus,
-                self.train_ids,
-                config=config,
-                num_clusters=self.planner.steps_per_epoch if clustered else None,
-                folder=folder,
-                epoch=epoch,
-                seed=self.recipe.train.seed,
-            )
-            seconds = {**asdict(mined.seconds), "total_s": mined.seconds.total_s}
-            self.monitor.log_scalars(self.step, "mining", seconds)
-            if comm.is_main():
-                remove_mined(folder, keep={epoch, *self._epochs_to_resume_with()})
-        else:
-            mined = open_mined(folder, mined_epoch)
-        self.planner = self.planner.with_mined(mined.shortlists, mined.clusters)
-
-    def _epochs_to_resume_with(self) -> set[int]:
-        """Returns the mined epochs that a kept checkpoint would open again."""
-        steps = checkpoint.kept_steps(self.run)
-        epochs = (step // self.planner.steps_per_epoch for step in steps)
-        mined = (last_mined_epoch(self.recipe.mining, epoch) for epoch in epochs)
-        return {epoch for epoch in mined if epoch is not None}
-
     def _after_epoch(self, epoch: int) -> None:
+        self.miner.log_share(self.step)
         every = self.recipe.evaluation.every_epochs
         if every and (epoch + 1) % every == 0 and len(self.validation_ids):
             result = self.evaluate("validation")
@@ -351,6 +332,7 @@ class Trainer:
             self.monitor.say(f"epoch {epoch + 1}: validation ({best}): {figures}")
 
     def _save(self) -> None:
+        self.miner.sync(self.step)
         checkpoint.save(
             self.run,
             self.step,
@@ -388,11 +370,23 @@ class Trainer:
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, split: str) -> Evaluation:
-        """Evaluates every trained view on "test" or "validation"."""
+    def evaluate(
+        self, split: str, unified_weights: Mapping[str, float] | None = None
+    ) -> Evaluation:
+        """Evaluates every trained view on "test" or "validation", and further weightings."""
         return evaluate_split(
-            self.model, self.table, self.corpus, self.recipe, split, trained_views(self.recipe)
+            self.model,
+            self.table,
+            self.corpus,
+            self.recipe,
+            split,
+            trained_views(self.recipe),
+            unified_weights=unified_weights,
         )
+
+    def tune_unified(self) -> UnifiedWeight | None:
+        """Chooses the unified view's weight on the validation queries, if there are any."""
+        return tune_unified(self.model, self.table, self.corpus, self.recipe)
 
     @property
     def final_split(self) -> str:

@@ -1,4 +1,4 @@
-"""Shortlists and clusters are the same, bit for bit, at any number of ranks."""
+"""Shortlists and clusters are the same, bit for bit, at any number of ranks; kept vectors too."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from torch.nn.functional import normalize
 
 from unidec_ds import embedding, mining
 from unidec_ds.data.corpus import open_corpus
 from unidec_ds.encoders import EncoderConfig, load_encoder
 from unidec_ds.mining import MiningConfig, mine
 from unidec_ds.model import ModelConfig, UniDEC
+from unidec_ds.vector_cache import VectorCache
 
 NUM_CLUSTERS = 7
 
 
 def mine_on_this_rank(folder: Path, output: Path):
-    """Mines in small blocks, so that three ranks have work; returns shortlists and clusters."""
+    """Mines in small blocks, so that three ranks have work; returns shortlists and clusters.
+
+    First with every text encoded, then with the vectors of most texts kept.
+    """
     corpus = open_corpus(folder / "out")
     encoder = load_encoder(
         EncoderConfig(name=str(folder / "encoder"), max_length=8), torch.device("cpu")
@@ -35,18 +40,34 @@ def mine_on_this_rank(folder: Path, output: Path):
         patch.object(mining, "label_block", lambda num_labels: 13),
         patch.object(mining, "_MERGE_BLOCK", 20),
     ):
-        mined = mine(
-            model,
-            corpus,
-            corpus.train_query_ids(),
-            config=MiningConfig(shortlist_size=9),
-            num_clusters=NUM_CLUSTERS,
-            folder=output,
-            epoch=2,
-            seed=0,
-        )
+        found = []
+        for kept in (None, kept_vectors(corpus, model.width, output / "vectors")):
+            mined = mine(
+                model,
+                corpus,
+                corpus.train_query_ids(),
+                config=MiningConfig(shortlist_size=9),
+                num_clusters=NUM_CLUSTERS,
+                folder=output,
+                epoch=2,
+                seed=0,
+                kept=kept,
+            )
+            found += [np.array(mined.shortlists), np.array(mined.clusters)]
     torch.set_num_threads(num_threads)
-    return np.array(mined.shortlists), np.array(mined.clusters)
+    return found
+
+
+def kept_vectors(corpus, width, folder):
+    """Keeps the same random vectors at any world size, all but every fourth text's."""
+    sizes = {"queries": len(corpus.queries["train"]), "labels": corpus.num_labels}
+    cache = VectorCache(folder, sizes, width, {}, first_step=0)
+    generator = torch.Generator().manual_seed(1)
+    for kind, size in sizes.items():
+        vectors = normalize(torch.randn(size, width, generator=generator))
+        ids = np.flatnonzero(np.arange(size) % 4 > 0)
+        cache.keep(kind, ids, vectors[torch.from_numpy(ids)], step=0)
+    return cache.fresh(1, max_age_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +92,9 @@ def expected(folder, tmp_path_factory):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_mining_does_not_depend_on_the_world_size(folder, expected, tmp_path, world_size):
     for found in run_ranks(world_size, mine_on_this_rank, folder, tmp_path):
-        np.testing.assert_array_equal(found[0], expected[0])
-        np.testing.assert_array_equal(found[1], expected[1])
-    assert (expected[0] >= 0).any()
-    assert len(set(expected[1])) == NUM_CLUSTERS
+        for part, expected_part in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(part, expected_part)
+    shortlists, clusters, *with_kept = expected
+    assert (shortlists >= 0).any()
+    assert len(set(clusters)) == NUM_CLUSTERS
+    assert (with_kept[0] != shortlists).any()

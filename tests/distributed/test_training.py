@@ -18,13 +18,15 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def run_job(inputs, run, world_size, overrides=(), ds_config=None, resume=None, **sections):
+def run_job(
+    inputs, run, world_size, overrides=(), ds_config=None, resume=None, crash_at=None, **sections
+):
     recipe = write_recipe_file(inputs, f"{run.name}.yaml", **sections)
     ds_file = inputs / "ds_config.json"
     if ds_config is not None:
         ds_file = inputs / f"{run.name}.json"
         ds_file.write_text(json.dumps(ds_config))
-    arguments = (str(recipe), str(ds_file), str(run), list(overrides), resume)
+    arguments = (str(recipe), str(ds_file), str(run), list(overrides), resume, crash_at)
     return run_ranks(world_size, train, *arguments, join=False)
 
 
@@ -60,7 +62,8 @@ def test_any_world_size_trains_the_same_model(inputs, one_rank, tmp_path, world_
     assert_same_training(one, many, run, tmp_path / "many")
     ours = json.loads((run / "evaluation.json").read_text())["test"]
     theirs = json.loads((tmp_path / "many" / "evaluation.json").read_text())["test"]
-    assert ours.keys() == theirs.keys() == {"untrained", "de", "classifier", "unified"}
+    views = {"untrained", "de", "classifier", "unified", "unified_tuned"}
+    assert ours.keys() == theirs.keys() == views
     assert ours["untrained"] == theirs["untrained"]  # same weights: the same to the last digit
     for view in ours:
         assert theirs[view]["P@1"] == pytest.approx(ours[view]["P@1"], abs=10)
@@ -155,6 +158,49 @@ def test_resumed_training_is_bitwise_the_undisturbed_one(inputs, tmp_path, world
         for part in ("state", "rows"):
             for name, tensor in one[part].items():
                 assert torch.equal(tensor, other[part][name]), name
+
+
+@pytest.fixture(scope="module")
+def cached_mining(inputs, tmp_path_factory):
+    """Returns sections and the undisturbed run with mining before steps 7 and 14."""
+    sections = {
+        "mining": {"start_epoch": 1, "every_epochs": 1, "source": "cached"},
+        "batches": {"kind": "clustered"},
+        "checkpoint": {"every_steps": 5, "keep": 5},
+        "model": {"head_dropout": 0.1, "row_dropout": 0.1},
+    }
+    run = tmp_path_factory.mktemp("cached") / "whole"
+    return sections, run, run_job(inputs, run, 1, **sections)
+
+
+# A crash before the second mining loses no vector; one after it has overwritten some.
+@pytest.mark.parametrize("crash_at", [12, 17])
+def test_mining_from_kept_vectors_resumes_bitwise_after_a_crash(
+    inputs, cached_mining, tmp_path, crash_at
+):
+    sections, whole_run, whole = cached_mining
+    run = tmp_path / "run"
+    run_job(inputs, run, 1, crash_at=crash_at, **sections)
+    middle = run / "checkpoints" / "step_00000010"  # in the middle of epoch 1
+    again = run_job(inputs, run, 1, resume=str(middle), **sections)
+    before, after = read_losses(whole_run), read_losses(run)
+    assert after == before
+    assert set(before) == set(range(21))
+    for part in ("state", "rows"):
+        for name, tensor in whole[0][part].items():
+            assert torch.equal(tensor, again[0][part][name]), name
+
+
+def test_mining_from_kept_vectors_reuses_what_steps_encoded(cached_mining):
+    _, run, _ = cached_mining
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mined = {r["step"]: r for r in records if "mining_texts_reused" in r}
+    assert set(mined) == {7, 14}
+    for record in mined.values():
+        assert record["mining_texts_reused"] > record["mining_texts_encoded"]
+    shares = [r["mining_share_of_epoch"] for r in records if "mining_share_of_epoch" in r]
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
 
 
 def test_resume_at_another_world_size_continues_the_curve(inputs, tmp_path):
