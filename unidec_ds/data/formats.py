@@ -43,6 +43,9 @@ from unidec_ds.data.matrices import SparseMatrixFile, check_range, read_pairs
 from unidec_ds.data.pairs import Ids
 from unidec_ds.errors import CorpusError
 
+LAYOUTS_WITHOUT_UIDS = ("Renee", "DEXML")
+"""Their texts have no identifier: the row number takes its place as uid."""
+
 
 class Record(NamedTuple):
     """One query or label.
