@@ -156,6 +156,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def manifest_digest(checkpoint: Path) -> str:
+    """Returns the SHA-256 of a checkpoint's manifest, which names that of each of its files.
+
+    It tells checkpoints apart, also those of the same step in two runs.
+    """
+    return _sha256(checkpoint / _MANIFEST)
+
+
 def load_tensors(checkpoint: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """Returns the tensors of one of a checkpoint's files, memory-mapped, checksum verified.
 

@@ -16,19 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
-from tqdm import tqdm
 
-from unidec_ds.assembly import LoadedRun, load_run, trained_views
+from unidec_ds.assembly import LoadedRun, load_run
 from unidec_ds.batch import make_chunks
 from unidec_ds.data.corpus import RaggedTokens
 from unidec_ds.data.pairs import Ids
-from unidec_ds.embedding import BLOCK, chunk_size, embed
+from unidec_ds.embedding import chunk_size
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
+from unidec_ds.label_vectors import choose_view, label_vectors, query_vectors
 from unidec_ds.model import Chunk
 from unidec_ds.search import exact_search, fixed_blocks
 
@@ -53,14 +51,11 @@ class Predictor:
     """
 
     def __init__(self, run: LoadedRun, view: SearchView | None = None) -> None:
-        views = trained_views(run.recipe)
-        if view is not None and view not in views:
-            raise UserError(f"view: this run trained {', '.join(views)}, not {view}")
-        self.view = view or views[-1]
+        self.view = choose_view(run, view)
         self._run = run
         self._device = next(run.model.parameters()).device
         self._tokenizer: Any = load_tokenizer(run.recipe.encoder.name)
-        self._labels_LD = self._label_vectors()
+        self._labels_LV = torch.from_numpy(label_vectors(run, self.view).vectors_LV)
 
     @classmethod
     def load(
@@ -87,7 +82,7 @@ class Predictor:
         """
         answers: list[list[Label]] = []
         for start, end in fixed_blocks(len(texts), _BATCH):
-            scores, ids = exact_search(self._query_vectors(texts[start:end]), self._labels_LD, k)
+            scores, ids = exact_search(self._query_vectors(texts[start:end]), self._labels_LV, k)
             for text, row_scores, row_ids in zip(
                 texts[start:end], scores.tolist(), ids.cpu().numpy(), strict=True
             ):
@@ -128,51 +123,7 @@ class Predictor:
         chunks, order = make_chunks(tokens, chunk_size(self._device), self._run.corpus.pad_token_id)
         pooled = torch.cat([model.pool(Chunk(*(p.to(self._device) for p in c))) for c in chunks])
         pooled = pooled.index_select(0, order.to(self._device))
-        parts = []
-        if self.view != "classifier":
-            parts.append(model.embed(pooled))
-        if self.view != "de":
-            parts.append(normalize(model.classify(pooled), dim=-1))
-        return torch.cat(parts, dim=1)
-
-    def _label_vectors(self) -> Tensor:
-        """Returns what queries are compared with: the dual encoder's part, then the rows' part."""
-        run, parts = self._run, []
-        all_ids = np.arange(run.corpus.num_labels)
-        if self.view != "classifier":
-            parts.append(torch.from_numpy(np.array(self._label_embeddings())))
-        if self.view != "de":
-            rows = run.rows.read(all_ids)
-            is_cosine = self.view == "unified" or run.recipe.objective.classifier_logits == "cosine"
-            parts.append(normalize(rows, dim=-1) if is_cosine else rows)
-        return torch.cat(parts, dim=1)
-
-    def _label_embeddings(self) -> NDArray[np.float32]:
-        run = self._run
-        path = run.folder / "index" / f"label_de-{run.checkpoint.name}.npy"
-        if path.is_file():
-            vectors: NDArray[np.float32] = np.load(path, mmap_mode="r")
-            if vectors.shape == (run.corpus.num_labels, run.model.width):
-                return vectors
-        path.parent.mkdir(exist_ok=True)
-        beside = path.with_suffix(".new.npy")
-        shape = (run.corpus.num_labels, run.model.width)
-        vectors = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-        with tqdm(total=shape[0], desc="embedding labels (once)", unit=" labels") as bar:
-            for start, end in fixed_blocks(shape[0], BLOCK):
-                (block,) = embed(
-                    run.model,
-                    run.corpus.labels,
-                    np.arange(start, end),
-                    ("de",),
-                    run.corpus.pad_token_id,
-                )
-                block[torch.from_numpy(~run.corpus.label_has_text[start:end])] = 0.0
-                vectors[start:end] = block.cpu().numpy()
-                bar.update(end - start)
-        vectors.flush()
-        beside.rename(path)
-        return vectors
+        return query_vectors(model, pooled, self.view)
 
 
 def _batches_of_lines(source: str) -> Iterator[list[str]]:
