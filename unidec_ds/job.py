@@ -14,6 +14,7 @@ from pathlib import Path
 from unidec_ds import checkpoint, comm
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
+from unidec_ds.data.label_digests import write_label_digests
 from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig, load_ds_config
 from unidec_ds.encoders import check_encoder
@@ -31,12 +32,7 @@ from unidec_ds.run import (
 )
 from unidec_ds.samples import describe_samples
 from unidec_ds.trainer import Trainer
-from unidec_ds.warm_start import (
-    WarmStart,
-    choose_warm_start,
-    write_label_digests,
-    write_warm_start,
-)
+from unidec_ds.warm_start import WarmStart, choose_warm_start, write_warm_start
 
 
 @dataclass(frozen=True)

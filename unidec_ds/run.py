@@ -6,7 +6,7 @@ RUN/
     environment.json   versions, command, commit
     metrics.jsonl      one object per logged step, evaluation or refresh
     warm_start.json    what it was begun from, if from another run (see `warm_start`)
-    label_digests.npy  which labels the classifier rows stand for
+    label_digests.npy  which labels the rows stand for, see `data.label_digests`
     evaluation.json    final metrics by split and view, in percent
     events.out.*       TensorBoard
     checkpoints/       see `checkpoint`
@@ -32,7 +32,6 @@ from unidec_ds.evaluation import format_table
 UNTRAINED = "untrained.json"
 REPORT = "report.txt"
 WARM_START = "warm_start.json"
-LABEL_DIGESTS = "label_digests.npy"
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy")
 # Settings that may change when a run is continued: they do not touch the loss curve.
 _FREE_SECTIONS = ("checkpoint", "evaluation")

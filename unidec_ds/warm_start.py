@@ -32,7 +32,8 @@ from unidec_ds.classifier import partition
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.config import Recipe, load_recipe
 from unidec_ds.data.corpus import Corpus
-from unidec_ds.data.formats import LAYOUTS_WITHOUT_UIDS
+from unidec_ds.data.label_digests import FILE as LABEL_DIGESTS
+from unidec_ds.data.label_digests import known_by, label_digests
 from unidec_ds.data.pairs import Ids
 from unidec_ds.data.prepare import resolve_corpus, tokenizer_hash
 from unidec_ds.data.uids import UidDigests
@@ -41,7 +42,7 @@ from unidec_ds.encoders import load_tokenizer
 from unidec_ds.engine import Engine
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.model import UniDEC
-from unidec_ds.run import LABEL_DIGESTS, WARM_START, read_json, write_json
+from unidec_ds.run import WARM_START, read_json, write_json
 from unidec_ds.search import fixed_blocks
 
 _COPY_ROWS = 16_384
@@ -200,7 +201,7 @@ def plan_warm_start(source: Path, recipe: Recipe, corpus: Corpus) -> WarmStart:
     details = {
         "source": str(source),
         "checkpoint": newest.name,
-        "matched_by": "text" if _has_no_uids(corpus) else "uid",
+        "matched_by": known_by(corpus),
         "matched": matched,
         "new": len(source_rows) - matched,
         "new_without_text": int((is_new & ~corpus.label_has_text).sum()),
@@ -216,30 +217,6 @@ def write_warm_start(run: Path, warm_start: WarmStart) -> None:
     """Records what a run was begun from; before `write_run`, whose files make it a run."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / WARM_START, warm_start.details)
-
-
-def write_label_digests(run: Path, corpus: Corpus) -> None:
-    """Writes which labels the run's rows stand for, so that a warm start needs no old corpus."""
-    if not (run / LABEL_DIGESTS).is_file():
-        beside = run / f"new.{LABEL_DIGESTS}"
-        label_digests(corpus).save(beside)
-        beside.replace(run / LABEL_DIGESTS)
-
-
-def label_digests(corpus: Corpus) -> UidDigests:
-    """Returns what labels are matched by: their uids; their texts where the layout has no uids.
-
-    Cost: about 1.5 µs a label.
-    """
-    digests = UidDigests()
-    for start, end in fixed_blocks(corpus.num_labels, _COPY_ROWS):
-        ids = np.arange(start, end)
-        if _has_no_uids(corpus):
-            # The prefix keeps a text from meeting the uid of another corpus's label.
-            digests.add(f"text\n{text}" for text in corpus.labels.texts(ids))
-        else:
-            digests.add(corpus.labels.uids(ids))
-    return digests
 
 
 def start_rows_from_texts(
@@ -321,7 +298,3 @@ def _label_digests_of(source: Path, recipe: Recipe, manifest: dict[str, Any]) ->
             "was, under the corpus.path of that run."
         )
     return label_digests(corpus)
-
-
-def _has_no_uids(corpus: Corpus) -> bool:
-    return corpus.manifest["layout"] in LAYOUTS_WITHOUT_UIDS
