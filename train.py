@@ -37,6 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="continue from the newest or the given checkpoint"
     )
+    parser.add_argument(
+        "--init_from", type=Path, metavar="RUN", help="begin with the model of another run"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from `deepspeed`
     return parser.parse_args()
 
@@ -50,7 +53,7 @@ def main() -> None:
 
     from unidec_ds.job import prepare_job, run_job  # heavy imports after the recipe is known good
 
-    run_job(prepare_job(recipe, args.ds_config, run, args.resume))
+    run_job(prepare_job(recipe, args.ds_config, run, args.resume, args.init_from))
 
 
 if __name__ == "__main__":

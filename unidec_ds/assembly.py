@@ -22,7 +22,7 @@ from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids
 from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig
-from unidec_ds.encoders import load_encoder
+from unidec_ds.encoders import empty_encoder, load_encoder
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import Evaluation, RowSource, SearchView, evaluate, sample_queries
 from unidec_ds.model import UniDEC
@@ -47,6 +47,15 @@ def build_model(recipe: Recipe, device: torch.device) -> UniDEC:
     model.de_head.requires_grad_(recipe.objective.de != "none")
     model.classifier_head.requires_grad_(recipe.objective.classifier != "none")
     return model.to(device)
+
+
+def model_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of `build_model(recipe)`; loads no weights."""
+    encoder = empty_encoder(recipe.encoder.name)
+    with torch.device("meta"):
+        hidden_size = int(encoder.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        model = UniDEC(encoder, hidden_size, recipe.model)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def table_placement(ds_config: DsConfig) -> Placement:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unidec_ds import comm
 from unidec_ds.batch import make_chunks
-from unidec_ds.data.corpus import TextTable
+from unidec_ds.data.corpus import RaggedTokens, TextTable
 from unidec_ds.data.pairs import Ids
 from unidec_ds.model import Chunk, UniDEC
 from unidec_ds.search import fixed_blocks
@@ -47,14 +47,20 @@ def embed(
         views: what to make of each text.
         pad_token_id: of the corpus.
     """
+    pooled_nH = pool_tokens(model, tokens_of.tokens(ids), pad_token_id)
+    return tuple(_view(model, pooled_nH, view) for view in views)
+
+
+@torch.no_grad()
+def pool_tokens(model: UniDEC, tokens: RaggedTokens, pad_token_id: int) -> Tensor:
+    """Returns the pooled encoder states of texts, fp32 [n, H], in one go; as `embed` does."""
     device = next(model.parameters()).device
-    chunks, order = make_chunks(tokens_of.tokens(ids), chunk_size(device), pad_token_id)
+    chunks, order = make_chunks(tokens, chunk_size(device), pad_token_id)
     was_training = model.training
     model.eval()
     pooled = torch.cat([model.pool(Chunk(*(part.to(device) for part in c))) for c in chunks])
     model.train(was_training)
-    pooled = pooled.index_select(0, order.to(device))
-    return tuple(_view(model, pooled, view) for view in views)
+    return pooled.index_select(0, order.to(device))
 
 
 def embed_all(

@@ -103,6 +103,21 @@ def load_encoder(config: EncoderConfig, device: torch.device) -> nn.Module:
     return encoder
 
 
+def empty_encoder(name: str) -> nn.Module:
+    """Returns the encoder that `load_encoder` makes, without weights: for the shapes alone.
+
+    Raises:
+        UserError: its configuration cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    config = _from_pretrained(AutoConfig, name)
+    with torch.device("meta"):
+        encoder: nn.Module = AutoModel.from_config(config)
+    _drop_unused_pooler(encoder)
+    return encoder
+
+
 def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
     from transformers.utils import logging
 

@@ -15,6 +15,7 @@ from unidec_ds import checkpoint, comm
 from unidec_ds.assembly import trained_views
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
+from unidec_ds.data.label_digests import write_label_digests
 from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig, load_ds_config
 from unidec_ds.encoders import check_encoder
@@ -23,6 +24,7 @@ from unidec_ds.evaluation import format_table
 from unidec_ds.run import (
     REPORT,
     UNTRAINED,
+    WARM_START,
     choose_checkpoint,
     finished_report,
     read_json,
@@ -32,6 +34,7 @@ from unidec_ds.run import (
 from unidec_ds.samples import describe_samples
 from unidec_ds.trainer import Trainer
 from unidec_ds.unified import TUNED_VIEW
+from unidec_ds.warm_start import WarmStart, choose_warm_start, write_warm_start
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,16 @@ class Job:
     corpus: Corpus
     run: Path
     resume_from: Path | None
+    warm_start: WarmStart | None = None
 
 
-def prepare_job(recipe: Recipe, ds_config_file: Path, run: Path, resume: str | None) -> Job:
+def prepare_job(
+    recipe: Recipe,
+    ds_config_file: Path,
+    run: Path,
+    resume: str | None = None,
+    init_from: Path | None = None,
+) -> Job:
     """Checks all input and prepares the corpus, before any process group exists.
 
     Raises:
@@ -64,7 +74,8 @@ def prepare_job(recipe: Recipe, ds_config_file: Path, run: Path, resume: str | N
         recipe.encoder.max_length,
         show_progress=launched_rank() == 0,
     )
-    return Job(recipe, ds_config, corpus, run, resume_from)
+    warm_start = choose_warm_start(run, init_from, resume, resume_from, recipe, corpus)
+    return Job(recipe, ds_config, corpus, run, resume_from, warm_start)
 
 
 def run_job(job: Job) -> None:
@@ -79,9 +90,19 @@ def run_job(job: Job) -> None:
         return
     engine = start_engine(job.ds_config, job.recipe.train.batch_size)
     if comm.is_main():
+        if job.warm_start is not None:
+            print(job.warm_start.describe())
+            write_warm_start(job.run, job.warm_start)
         write_run(job.run, job.recipe, job.ds_config)
+        write_label_digests(job.run, job.corpus)
     trainer = Trainer(
-        job.recipe, job.ds_config, job.corpus, engine, job.run, resume_from=job.resume_from
+        job.recipe,
+        job.ds_config,
+        job.corpus,
+        engine,
+        job.run,
+        resume_from=job.resume_from,
+        warm_start=job.warm_start,
     )
     try:
         trainer.fit()
@@ -104,8 +125,7 @@ def evaluate_and_report(trainer: Trainer) -> str:
     trainer.monitor.log_evaluation(trainer.step, recipe.train.epochs, split, result.metrics)
     if not comm.is_main():
         return ""
-    untrained = read_json(run / UNTRAINED).get(split)
-    metrics = {"untrained": untrained, **result.metrics} if untrained else result.metrics
+    metrics = {**_metrics_at_start(run, split), **result.metrics}
     details = {
         "step": trainer.step,
         "num_queries": len(result.query_ids),
@@ -138,6 +158,15 @@ def evaluate_and_report(trainer: Trainer) -> str:
     (run / REPORT).write_text(report + "\n", encoding="utf-8")
     write_json(run / "evaluation.json", {split: metrics, "details": details})
     return report
+
+
+def _metrics_at_start(run: Path, split: str) -> dict[str, dict[str, float]]:
+    """Returns the metrics before the first step: of the untrained encoder, or the warm start's."""
+    untrained = read_json(run / UNTRAINED).get(split)
+    if untrained:
+        return {"untrained": untrained}
+    views = read_json(run / WARM_START).get("evaluation", {}).get(split)
+    return {"warm_start": list(views.values())[-1]} if views else {}
 
 
 def _activation() -> list[str]:

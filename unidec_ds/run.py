@@ -5,6 +5,8 @@ RUN/
     ds_config.json     the DeepSpeed configuration, as given
     environment.json   versions, command, commit
     metrics.jsonl      one object per logged step, evaluation or refresh
+    warm_start.json    what it was begun from, if from another run (see `warm_start`)
+    label_digests.npy  which labels the rows stand for, see `data.label_digests`
     evaluation.json    final metrics by split and view, in percent
     events.out.*       TensorBoard
     checkpoints/       see `checkpoint`
@@ -30,6 +32,7 @@ from unidec_ds.unified import TUNED_VIEW
 
 UNTRAINED = "untrained.json"
 REPORT = "report.txt"
+WARM_START = "warm_start.json"
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy")
 # Settings that may change when a run is continued: they do not touch the loss curve.
 _FREE_SECTIONS = ("checkpoint", "evaluation")
@@ -162,6 +165,12 @@ def describe_run(run: Path) -> str:
     recipe = load_recipe(str(run / "config.yaml"))
     newest = checkpoint.latest(run)
     lines = [f"run {run}", f"corpus {recipe.corpus.path}, encoder {recipe.encoder.name}"]
+    begun = read_json(run / WARM_START)
+    if begun:
+        lines.append(
+            f"begun from {begun['source']}, {begun['checkpoint']}: labels {begun['matched']:,} "
+            f"matched, {begun['new']:,} new, {begun['dropped']:,} dropped"
+        )
     if newest is not None:
         manifest = checkpoint.read_manifest(newest)
         total = manifest["total_steps"]

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from unidec_ds import checkpoint, comm
 from unidec_ds.assembly import (
@@ -32,7 +31,6 @@ from unidec_ds.assembly import (
     tune_unified,
 )
 from unidec_ds.batch import Batch, make_batch
-from unidec_ds.classifier import partition
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus, split_validation
@@ -41,7 +39,6 @@ from unidec_ds.data.pairs import Ids
 from unidec_ds.data.pool import Planner
 from unidec_ds.data.prefetch import Prefetcher
 from unidec_ds.ds_config import DsConfig
-from unidec_ds.embedding import BLOCK, embed_all
 from unidec_ds.engine import Engine
 from unidec_ds.evaluation import Evaluation
 from unidec_ds.losses import HeadLoss, head_loss
@@ -49,9 +46,9 @@ from unidec_ds.miner import Miner
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
-from unidec_ds.run import UNTRAINED, write_json
-from unidec_ds.search import fixed_blocks
+from unidec_ds.run import UNTRAINED, WARM_START, read_json, write_json
 from unidec_ds.unified import UnifiedWeight
+from unidec_ds.warm_start import WarmStart, start_rows_from_texts
 
 
 class NonFiniteError(RuntimeError):
@@ -78,6 +75,7 @@ class Trainer:
         engine: started, without a model.
         run: the run directory.
         resume_from: a complete checkpoint, or None to start anew.
+        warm_start: what to start anew from, None for the pretrained encoder.
     """
 
     def __init__(
@@ -88,6 +86,7 @@ class Trainer:
         engine: Engine,
         run: Path,
         resume_from: Path | None = None,
+        warm_start: WarmStart | None = None,
     ) -> None:
         self.recipe, self.corpus, self.engine, self.run = recipe, corpus, engine, run
         self.device = engine.device
@@ -131,8 +130,14 @@ class Trainer:
         self._saved_step: int | None = None
         if resume_from is not None:
             self._restore(resume_from)
+        elif warm_start is not None:
+            warm_start.load_model(engine)
+            cosine = recipe.objective.classifier_logits == "cosine"
+            warm_start.fill_rows(self.table, self.model, corpus, cosine=cosine)
         elif recipe.classifier.init == "label_text":
-            self._start_rows_from_label_texts()
+            with_text = np.flatnonzero(corpus.label_has_text)
+            start_rows_from_texts(self.model, self.table, corpus, with_text)
+        self._is_warm = warm_start is not None
         self.monitor = Monitor(run, self.step, self.total_steps)
         self.miner = Miner(
             recipe, self.model, corpus, train_ids, run, self.monitor, first_step=self.step
@@ -143,7 +148,7 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the last step, evaluating, mining and saving on the way."""
         if self.step == 0:
-            self._evaluate_untrained()
+            self._evaluate_start()
         while self.step < self.total_steps:
             epoch = self.step // self.planner.steps_per_epoch
             self.planner = self.miner.refresh(self.planner, epoch, self.step)
@@ -353,21 +358,6 @@ class Trainer:
         checkpoint.load_rows(folder, manifest, self.table)
         self._saved_step = self.step
 
-    def _start_rows_from_label_texts(self) -> None:
-        """Sets each row to its label's own classifier-head vector, L2-normalised."""
-        table, corpus = self.table, self.corpus
-        title = "rows from label texts"
-        with tqdm(total=corpus.num_labels, desc=title, unit=" labels", leave=False,
-                  disable=not comm.is_main()) as bar:  # fmt: skip
-            for first, end in fixed_blocks(corpus.num_labels, BLOCK * comm.world_size()):
-                ids = np.arange(first, end)[corpus.label_has_text[first:end]]
-                (vectors,) = embed_all(
-                    self.model, corpus.labels, ids, ("classifier",), corpus.pad_token_id
-                )
-                own = partition.owner(ids, table.world_size) == table.rank
-                table.write(ids[own], vectors[torch.from_numpy(own).to(self.device)])
-                bar.update(end - first)
-
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(
@@ -393,8 +383,16 @@ class Trainer:
         """What the final figures are of: the test set, if the corpus has one."""
         return "test" if "test" in self.corpus.queries else "validation"
 
-    def _evaluate_untrained(self) -> None:
+    def _evaluate_start(self) -> None:
+        """Measures what training starts from: the untrained encoder, or the warm start's views."""
         split = self.final_split
+        if self._is_warm:
+            start = self.evaluate(split).metrics
+            self.monitor.log_evaluation(self.step, 0, split, start)
+            if comm.is_main():
+                record = read_json(self.run / WARM_START)
+                write_json(self.run / WARM_START, {**record, "evaluation": {split: start}})
+            return
         untrained = evaluate_split(
             self.model, None, self.corpus, self.recipe, split, ("encoder",), "untrained encoder"
         )

@@ -15,10 +15,10 @@ import raw_corpora
 from raw_corpora import WRITERS, oracle_tokens, random_content, save_tokenizer, write, write_xmc
 
 from unidec_ds.data import build as build_module
-from unidec_ds.data.build import UidDigests
 from unidec_ds.data.corpus import CorpusConfig, open_corpus
 from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.prepare import embedded_corpora, prepare, resolve_corpus, tokenizer_hash
+from unidec_ds.data.uids import UidDigests
 from unidec_ds.encoders import PACKAGED_ENCODER, load_tokenizer
 from unidec_ds.errors import CorpusError, UserError
 

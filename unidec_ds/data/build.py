@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from unidec_ds.data.corpus import ARROW_FILE, MANIFEST, ODDITIES
 from unidec_ds.data.formats import RawCorpus, Record
 from unidec_ds.data.pairs import Ids, Pairs
+from unidec_ds.data.uids import UidDigests
 from unidec_ds.errors import CorpusError
 
 _BATCH_ROWS, _BATCH_CHARS = 8192, 1 << 24  # what the tokenizer gets at once
@@ -311,47 +312,6 @@ class _PairsWriter:
         Pairs(indptr, indices, num_labels).save(folder, name)
         self._spool.unlink(missing_ok=True)
         return Pairs.open(folder, name, num_labels)
-
-
-class UidDigests:
-    """The uids of one table, in row order, as digests: 16 bytes each, however long they are.
-
-    Two different uids have the same digest with a chance below 1e-20 at a billion uids.
-    """
-
-    def __init__(self) -> None:
-        self._parts: list[NDArray[np.bytes_]] = []
-        self._sorted: tuple[NDArray[np.bytes_], Ids] | None = None
-
-    def add(self, uids: Iterable[str]) -> None:
-        """Appends rows."""
-        self._parts.append(_digests(uids))
-
-    def num_repeated(self) -> int:
-        """Returns how many rows hold a uid that an earlier row holds."""
-        digests, _ = self._in_order()
-        return int((digests[1:] == digests[:-1]).sum())
-
-    def rows(self, uids: Iterable[str]) -> Ids:
-        """Returns the first row of each uid, -1 where there is none."""
-        digests, rows = self._in_order()
-        wanted = _digests(uids)
-        at = np.minimum(np.searchsorted(digests, wanted), len(digests) - 1)
-        return np.where(digests[at] == wanted, rows[at], -1)
-
-    def _in_order(self) -> tuple[NDArray[np.bytes_], Ids]:
-        """Returns the digests in ascending order and their rows, the first of equals first."""
-        if self._sorted is None:
-            digests = np.concatenate([_digests(()), *self._parts])
-            rows = np.argsort(digests, kind="stable")
-            self._sorted = digests[rows], rows
-            self._parts = []
-        return self._sorted
-
-
-def _digests(uids: Iterable[str]) -> NDArray[np.bytes_]:
-    joined = b"".join(blake2b(uid.encode(), digest_size=16).digest() for uid in uids)
-    return np.frombuffer(joined, "S16")
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -43,6 +43,9 @@ from unidec_ds.data.matrices import SparseMatrixFile, check_range, read_pairs
 from unidec_ds.data.pairs import Ids
 from unidec_ds.errors import CorpusError
 
+LAYOUTS_WITHOUT_UIDS = ("Renee", "DEXML")
+"""Their texts have no identifier: the row number takes its place as uid."""
+
 
 class Record(NamedTuple):
     """One query or label.
@@ -200,6 +203,25 @@ class RawCorpus:
         if split not in self.filter_files:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         return read_pairs(self.filter_files[split], num_queries, num_labels)
+
+
+def read_labels(path: Path) -> Iterator[Record]:
+    """Yields the labels of one file with uids: `labels` of tables, or `lbl.json`, gzipped or not.
+
+    Raises:
+        CorpusError: there is none, it is of another kind, or (while iterating) a malformed line.
+    """
+    kinds = (".jsonl", ".parquet", ".json")
+    is_dataset = (path / "state.json").is_file()
+    if not is_dataset and not path.is_file():
+        raise CorpusError(f"{path}: there is no such file; a file of labels was needed.")
+    if not is_dataset and not path.name.removesuffix(".gz").endswith(kinds):
+        raise CorpusError(
+            f"{path}: not a kind of file that names its labels; needed `id, text` as .jsonl or "
+            ".parquet or a saved dataset, or `uid, title, content` as .json (text files gzipped or "
+            "not)."
+        )
+    return _read_table(path, queries=False)
 
 
 def recognise(folder: Path) -> RawCorpus:
