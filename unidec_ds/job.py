@@ -18,17 +18,20 @@ from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig, load_ds_config
 from unidec_ds.encoders import check_encoder
 from unidec_ds.engine import check_launch, launched_rank, launched_world_size, start_engine
-from unidec_ds.evaluation import format_table
+from unidec_ds.evaluation import Evaluation, format_breakdown, format_table
+from unidec_ds.projector import embed_some_labels
 from unidec_ds.run import (
     REPORT,
+    SAMPLES,
     UNTRAINED,
     choose_checkpoint,
     finished_report,
     read_json,
+    write_evaluation,
     write_json,
     write_run,
 )
-from unidec_ds.samples import describe_samples
+from unidec_ds.samples import choose_samples, describe_samples
 from unidec_ds.trainer import Trainer
 
 
@@ -98,7 +101,9 @@ def evaluate_and_report(trainer: Trainer) -> str:
     """
     split, run, recipe = trainer.final_split, trainer.run, trainer.recipe
     result = trainer.evaluate(split)
-    trainer.monitor.log_evaluation(trainer.step, recipe.train.epochs, split, result.metrics)
+    trainer.monitor.log_evaluation(
+        trainer.step, recipe.train.epochs, split, result.metrics, result.breakdown
+    )
     if not comm.is_main():
         return ""
     untrained = read_json(run / UNTRAINED).get(split)
@@ -106,6 +111,8 @@ def evaluate_and_report(trainer: Trainer) -> str:
     details = {
         "step": trainer.step,
         "num_queries": len(result.query_ids),
+        "num_labels": trainer.corpus.num_labels,
+        "num_train_queries": trainer.corpus.positives["train"].num_rows,
         "propensity": list(recipe.evaluation.propensity),
         "checkpoint": str(checkpoint.latest(run)),
     }
@@ -114,10 +121,14 @@ def evaluate_and_report(trainer: Trainer) -> str:
     trainer.monitor.log_text(trainer.step, "predictions", samples)
     settings = f"```\n{(run / 'config.yaml').read_text(encoding='utf-8')}```"
     trainer.monitor.log_text(trainer.step, "configuration", settings)
+    _write_for_people(trainer, split, view, result)
     report = "\n".join(
         [
             f"{split} set, {len(result.query_ids):,} queries, {trainer.corpus.num_labels:,} labels",
             format_table(metrics, recipe.evaluation.propensity),
+            "",
+            f"labels by train frequency ({view})",
+            format_breakdown(result.breakdown[view]),
             "",
             f"examples ({view}; + is a true label)",
             samples.strip("`\n"),
@@ -131,8 +142,22 @@ def evaluate_and_report(trainer: Trainer) -> str:
         ]
     )
     (run / REPORT).write_text(report + "\n", encoding="utf-8")
-    write_json(run / "evaluation.json", {split: metrics, "details": details})
+    write_evaluation(run, split, metrics, result, details)
     return report
+
+
+def _write_for_people(trainer: Trainer, split: str, view: str, result: Evaluation) -> None:
+    """Writes samples.json and the projector's labels."""
+    recipe, seed = trainer.recipe, trainer.recipe.train.seed
+    samples = choose_samples(
+        trainer.corpus, split, result.query_ids, result.predictions[view], seed=seed
+    )
+    write_json(trainer.run / SAMPLES, {"split": split, "view": view, **samples})
+    if recipe.evaluation.projector_labels and recipe.objective.de != "none":
+        labels = embed_some_labels(
+            trainer.model, trainer.corpus, recipe.evaluation.projector_labels, seed
+        )
+        trainer.monitor.log_label_vectors(trainer.step, labels.vectors_nD, labels.rows)
 
 
 def _activation() -> list[str]:
