@@ -14,9 +14,10 @@ from unidec_ds.config import load_recipe
 from unidec_ds.data.corpus import split_validation
 from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.prepare import resolve_corpus
-from unidec_ds.embedding import embed_all
-from unidec_ds.evaluation import KS, sample_queries
+from unidec_ds.embedding import embed, embed_all
+from unidec_ds.evaluation import KS, format_breakdown, sample_queries
 from unidec_ds.metrics import inverse_propensity, score_predictions
+from unidec_ds.projector import embed_some_labels
 from unidec_ds.unified import GRID, choose_weight
 
 
@@ -106,6 +107,36 @@ def test_rankings_equal_a_dense_search_with_filter_pairs_removed(folder):
 
 def evaluated_and_tuned(folder):
     return evaluated(folder), tuned(folder)
+
+
+def test_every_view_has_its_parts_by_label_frequency(folder):
+    result = evaluated(folder)
+    assert result.breakdown.keys() == result.metrics.keys()
+    for view, bins in result.breakdown.items():
+        assert [part.name for part in bins] == ["head", "torso", "tail"]
+        total = sum(part.scores["P@5"] for part in bins)
+        assert total == pytest.approx(result.metrics[view]["P@5"])
+        lines = format_breakdown(bins).splitlines()
+        assert [line.split()[0] for line in lines[1:4]] == ["head", "torso", "tail"]
+        for line, part in zip(lines[1:], bins, strict=False):
+            assert float(line.split()[-1]) == pytest.approx(part.scores["R@100"], abs=0.005)
+
+
+def test_embedded_labels_are_a_seeded_sample_of_those_with_a_text(folder):
+    _, corpus, model, _ = setting(folder)
+    some = embed_some_labels(model, corpus, 7, seed=0)
+    assert some.vectors_nD.shape == (len(some.rows), model.width) == (7, 16)
+    every = embed_some_labels(model, corpus, 1000, seed=0)
+    ids = np.flatnonzero(corpus.label_has_text)
+    counts = corpus.positives["train"].column_counts()
+    assert every.rows == [(corpus.labels.texts(ids[i : i + 1])[0], counts[ids[i]])
+                          for i in range(len(ids))]  # fmt: skip
+    (vectors,) = embed(model, corpus.labels, ids, ("de",), corpus.pad_token_id)
+    torch.testing.assert_close(every.vectors_nD, vectors)
+    for vector, row in zip(some.vectors_nD, some.rows, strict=True):
+        same = [i for i, other in enumerate(every.rows) if other == row]
+        assert any(torch.allclose(vector, vectors[i], atol=1e-5) for i in same)
+    assert embed_some_labels(model, corpus, 7, seed=1).rows != some.rows
 
 
 def test_the_result_is_the_same_at_any_number_of_ranks(folder):

@@ -1,11 +1,15 @@
 """What a run leaves to read: JSON lines and TensorBoard agree, a resumed run has no duplicates."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from unidec_ds.metrics import FrequencyBin
 from unidec_ds.monitor import Monitor, StepTimer, host_memory_gib
 
 
@@ -32,6 +36,48 @@ def test_json_lines_and_tensorboard_hold_the_same_scalars(tmp_path):
     assert events.Scalars("step_time/loss")[0].value == 0.5
     assert events.Scalars("test_unified/P@1")[0].value == 50.0
     assert lines(tmp_path)[3]["evaluation"] == {"unified": {"P@1": 50.0}}
+
+
+def test_label_vectors_are_written_once_a_step_with_clean_metadata(tmp_path, capsys):
+    vectors = torch.tensor([[0.6, 0.8], [1.0, 0.0], [1 / 3, -1e-9]])
+    rows = [("a\tb\nc", 3), ("plain", 0), ("line\u2028end\r", 7)]
+    for _ in range(2):  # evaluated again after a kill
+        monitor = Monitor(tmp_path, 0, 3)
+        monitor.log_label_vectors(3, vectors, rows)
+        monitor.close()
+    folder = tmp_path / "00003" / "labels"
+    found = [line.split("\t") for line in (folder / "tensors.tsv").read_text().splitlines()]
+    torch.testing.assert_close(
+        torch.tensor([[float(x) for x in row] for row in found]), vectors, atol=1e-4, rtol=0
+    )
+    assert (folder / "metadata.tsv").read_text() == (
+        "label\ttrain_positives\na b c\t3\nplain\t0\nline end\t7\n"
+    )
+    assert (tmp_path / "projector_config.pbtxt").read_text().count("embeddings") == 1
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_precision_by_label_frequency_is_drawn(tmp_path):
+    scores = [{"P@1": 10.0, "P@5": 4.0}, {"P@1": 5.0, "P@5": 2.0}, {"P@1": 0.0, "P@5": 1.0}]
+    bins = [
+        FrequencyBin(name, 0, 9, 5, 8, values)
+        for name, values in zip(("head", "torso", "tail"), scores, strict=True)
+    ]
+    monitor = Monitor(tmp_path, 0, 3)
+    monitor.log_evaluation(3, 0, "validation", {"de": {"P@1": 15.0}}, {"de": bins})
+    monitor.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (image,) = events.Images("validation/precision_by_label_frequency")
+    pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    assert pixels.shape == (image.height, image.width, 3)
+    # The parts of the bars are as wide as their scores: P@1 above, P@5 below.
+    colours = ("#1f5fbf", "#c2540a", "#1a7f4e")
+    rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours])
+    widths = (pixels[:, :, None] == rgb).all(-1).sum(1)  # of each colour in each row
+    bars = np.flatnonzero(widths[:, 0] > 50)
+    above, below = widths[bars[0] + 2], widths[bars[-1] - 2]
+    assert above / above[0] == pytest.approx([1, 5 / 10, 0], abs=0.03)
+    assert below / below[0] == pytest.approx([1, 2 / 4, 1 / 4], abs=0.03)
 
 
 def test_a_resumed_run_continues_without_gap_or_duplicate(tmp_path):

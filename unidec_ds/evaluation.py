@@ -37,7 +37,12 @@ from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.keyed import hash64
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.embedding import BLOCK, View, embed, embed_all
-from unidec_ds.metrics import inverse_propensity, score_predictions
+from unidec_ds.metrics import (
+    FrequencyBin,
+    frequency_breakdown,
+    inverse_propensity,
+    score_predictions,
+)
 from unidec_ds.model import UniDEC
 from unidec_ds.search import TopK, fixed_blocks, query_block
 from unidec_ds.settings import Settings
@@ -63,6 +68,9 @@ class EvaluationConfig(Settings):
     """Where validation queries exist and both heads are trained: after training choose the weight
     of the dual encoder in the unified view on them, and report it as the view `unified_tuned`
     beside the equal weighting. Costs one more evaluation of the validation queries."""
+    projector_labels: Annotated[int, Field(ge=0, le=100_000)] = 2000
+    """Labels whose DE vectors go to TensorBoard's projector after training, a seeded sample; 0 =
+    none. Costs some 8 bytes of disk per label and dimension."""
 
 
 class RowSource(Protocol):
@@ -93,6 +101,8 @@ class Evaluation:
     """By view, then by name: {"unified": {"P@1": percent, ...}, ...}."""
     predictions: dict[str, Predictions]
     """By view; on rank 0 only, empty elsewhere."""
+    breakdown: dict[str, list[FrequencyBin]]
+    """The views' parts by train frequency of the label: [head, torso, tail]; rank 0 only."""
 
 
 def sample_queries(query_ids: Ids, max_queries: int, seed: int) -> Ids:
@@ -148,16 +158,21 @@ def evaluate(
     )
     predictions: dict[str, Predictions] = {}
     metrics: dict[str, dict[str, float]] = {}
+    breakdown: dict[str, list[FrequencyBin]] = {}
     if comm.is_main():
         q_l = inverse_propensity(corpus.positives["train"], *propensity)
         truth = _rows(corpus.positives[split], query_ids)
+        train_counts = corpus.positives["train"].column_counts()
         for view, top in tops.items():
             scores, label_ids = top.result()
             predictions[view] = Predictions(label_ids.cpu().numpy(), scores.cpu().numpy())
             metrics[view] = score_predictions(
                 truth, predictions[view].label_ids, inverse_propensity=q_l, ks=KS
             )
-    return Evaluation(query_ids, comm.broadcast_object(metrics), predictions)
+            breakdown[view] = frequency_breakdown(
+                truth, predictions[view].label_ids, train_counts=train_counts, ks=KS
+            )
+    return Evaluation(query_ids, comm.broadcast_object(metrics), predictions, breakdown)
 
 
 @torch.no_grad()
@@ -338,4 +353,18 @@ def format_table(metrics: dict[str, dict[str, float]], propensity: tuple[float, 
     for name, values in metrics.items():
         lines.append(f"{name:<{width}}" + "".join(f"{values[c]:8.2f}" for c in columns))
     lines.append(f"percent; PSP with a={propensity[0]} b={propensity[1]}")
+    return "\n".join(lines)
+
+
+def format_breakdown(bins: list[FrequencyBin]) -> str:
+    """Returns the lines people read about one view's head, torso and tail."""
+    columns = ("P@1", "P@5", "R@10", "R@100")
+    lines = [f"{'train positives':>22}{'labels':>9}" + "".join(f"{name:>8}" for name in columns)]
+    for part in bins:
+        counts = f"{part.min_count:,}"
+        if part.max_count != part.min_count:
+            counts += f" to {part.max_count:,}"
+        scores = "".join(f"{part.scores[name]:8.2f}" for name in columns)
+        lines.append(f"{part.name:<6}{counts:>16}{part.num_labels:9,}{scores}")
+    lines.append("P: the part of all queries' P, the three add up; R: of this part's true labels")
     return "\n".join(lines)

@@ -20,18 +20,21 @@ from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig, load_ds_config
 from unidec_ds.encoders import check_encoder
 from unidec_ds.engine import check_launch, launched_rank, launched_world_size, start_engine
-from unidec_ds.evaluation import format_table
+from unidec_ds.evaluation import Evaluation, format_breakdown, format_table
+from unidec_ds.projector import embed_some_labels
 from unidec_ds.run import (
     REPORT,
+    SAMPLES,
     UNTRAINED,
     WARM_START,
     choose_checkpoint,
     finished_report,
     read_json,
+    write_evaluation,
     write_json,
     write_run,
 )
-from unidec_ds.samples import describe_samples
+from unidec_ds.samples import choose_samples, describe_samples
 from unidec_ds.trainer import Trainer
 from unidec_ds.unified import TUNED_VIEW
 from unidec_ds.warm_start import WarmStart, choose_warm_start, write_warm_start
@@ -122,13 +125,17 @@ def evaluate_and_report(trainer: Trainer) -> str:
     split, run, recipe = trainer.final_split, trainer.run, trainer.recipe
     tuned = trainer.tune_unified()
     result = trainer.evaluate(split, {TUNED_VIEW: tuned.weight_de} if tuned else None)
-    trainer.monitor.log_evaluation(trainer.step, recipe.train.epochs, split, result.metrics)
+    trainer.monitor.log_evaluation(
+        trainer.step, recipe.train.epochs, split, result.metrics, result.breakdown
+    )
     if not comm.is_main():
         return ""
     metrics = {**_metrics_at_start(run, split), **result.metrics}
     details = {
         "step": trainer.step,
         "num_queries": len(result.query_ids),
+        "num_labels": trainer.corpus.num_labels,
+        "num_train_queries": trainer.corpus.positives["train"].num_rows,
         "propensity": list(recipe.evaluation.propensity),
         "checkpoint": str(checkpoint.latest(run)),
         **({TUNED_VIEW: tuned.details()} if tuned else {}),
@@ -138,17 +145,22 @@ def evaluate_and_report(trainer: Trainer) -> str:
     trainer.monitor.log_text(trainer.step, "predictions", samples)
     settings = f"```\n{(run / 'config.yaml').read_text(encoding='utf-8')}```"
     trainer.monitor.log_text(trainer.step, "configuration", settings)
+    _write_for_people(trainer, split, view, result)
     report = "\n".join(
         [
             f"{split} set, {len(result.query_ids):,} queries, {trainer.corpus.num_labels:,} labels",
             format_table(metrics, recipe.evaluation.propensity),
             *([tuned.describe(split)] if tuned else []),
             "",
+            f"labels by train frequency ({view})",
+            format_breakdown(result.breakdown[view]),
+            "",
             f"examples ({view}; + is a true label)",
             samples.strip("`\n"),
             "",
             "next",
             *_activation(),
+            f"  unidec-ds report {run}",
             f"  tensorboard --logdir {run}",
             f"  unidec-ds evaluate {run}",
             f"  unidec-ds predict {run} --input - --k 5",
@@ -156,7 +168,7 @@ def evaluate_and_report(trainer: Trainer) -> str:
         ]
     )
     (run / REPORT).write_text(report + "\n", encoding="utf-8")
-    write_json(run / "evaluation.json", {split: metrics, "details": details})
+    write_evaluation(run, split, metrics, result, details)
     return report
 
 
@@ -167,6 +179,20 @@ def _metrics_at_start(run: Path, split: str) -> dict[str, dict[str, float]]:
         return {"untrained": untrained}
     views = read_json(run / WARM_START).get("evaluation", {}).get(split)
     return {"warm_start": list(views.values())[-1]} if views else {}
+
+
+def _write_for_people(trainer: Trainer, split: str, view: str, result: Evaluation) -> None:
+    """Writes samples.json and the projector's labels."""
+    recipe, seed = trainer.recipe, trainer.recipe.train.seed
+    samples = choose_samples(
+        trainer.corpus, split, result.query_ids, result.predictions[view], seed=seed
+    )
+    write_json(trainer.run / SAMPLES, {"split": split, "view": view, **samples})
+    if recipe.evaluation.projector_labels and recipe.objective.de != "none":
+        labels = embed_some_labels(
+            trainer.model, trainer.corpus, recipe.evaluation.projector_labels, seed
+        )
+        trainer.monitor.log_label_vectors(trainer.step, labels.vectors_nD, labels.rows)
 
 
 def _activation() -> list[str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from tqdm import tqdm
 
 from unidec_ds import comm
+from unidec_ds.metrics import FrequencyBin
+from unidec_ds.report.charts import frequency_image
 
 _GROUPS = {
     "loss": ("loss", "loss_de", "loss_classifier", "loss_de_q2l", "loss_de_l2q",
@@ -50,6 +53,7 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._jsonl = folder / "metrics.jsonl"
         _keep_steps_before(self._jsonl, first_step)
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
@@ -70,15 +74,24 @@ class Monitor:
             self._writer.add_scalar(f"step_time/{name}", seconds, step)
 
     def log_evaluation(
-        self, step: int, epoch: int, split: str, metrics: dict[str, dict[str, float]]
+        self,
+        step: int,
+        epoch: int,
+        split: str,
+        metrics: dict[str, dict[str, float]],
+        breakdown: Mapping[str, Sequence[FrequencyBin]] | None = None,
     ) -> None:
-        """Writes an evaluation's metrics, by view."""
+        """Writes an evaluation's metrics, by view, and draws its parts by label frequency."""
         if self._writer is None:
             return
         self._append({"step": step, "epoch": epoch, "split": split, "evaluation": metrics})
         for view, values in metrics.items():
             for name, value in values.items():
                 self._writer.add_scalar(f"{split}_{view}/{name}", value, step)
+        if breakdown:
+            image = frequency_image(breakdown, title=f"{split}, step {step:,}")
+            tag = f"{split}/precision_by_label_frequency"
+            self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
 
     def log_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
@@ -94,6 +107,27 @@ class Monitor:
         if self._writer is not None:
             self._writer.add_text(tag, text, step)
             self._writer.flush()
+
+    def log_label_vectors(
+        self, step: int, vectors_nD: torch.Tensor, rows: list[tuple[str, int]]
+    ) -> None:
+        """Writes label vectors for TensorBoard's projector, again if the step has some already.
+
+        Args:
+            step: the training step.
+            vectors_nD: one vector per label; kept to four decimals.
+            rows: text and train positives of each label.
+        """
+        if self._writer is None or not rows:
+            return
+        shutil.rmtree(self._folder / f"{step:05d}" / "labels", ignore_errors=True)
+        self._writer.add_embedding(
+            vectors_nD.double().round(decimals=4),
+            metadata=[[" ".join(text.split()), count] for text, count in rows],
+            metadata_header=["label", "train_positives"],
+            tag="labels",
+            global_step=step,
+        )
 
     def advance(self, loss: float, texts_per_s: float) -> None:
         """Moves the progress bar by one step."""

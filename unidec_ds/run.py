@@ -7,7 +7,11 @@ RUN/
     metrics.jsonl      one object per logged step, evaluation or refresh
     warm_start.json    what it was begun from, if from another run (see `warm_start`)
     label_digests.npy  which labels the rows stand for, see `data.label_digests`
+    untrained.json     the encoder's metrics before training
     evaluation.json    final metrics by split and view, in percent
+    samples.json       some final predictions, right and wrong
+    report.txt         what training printed at its end
+    report.html        the same with curves, once `unidec-ds report` was asked for it
     events.out.*       TensorBoard
     checkpoints/       see `checkpoint`
     mining/            shortlists and clusters, see `mining`
@@ -19,6 +23,7 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,10 +32,13 @@ from unidec_ds import checkpoint
 from unidec_ds.config import Recipe, load_recipe, write_recipe
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import UserError
-from unidec_ds.evaluation import format_table
+from unidec_ds.evaluation import Evaluation, format_table
 from unidec_ds.unified import TUNED_VIEW
 
 UNTRAINED = "untrained.json"
+EVALUATION = "evaluation.json"
+SAMPLES = "samples.json"
+BREAKDOWN = "breakdown"
 REPORT = "report.txt"
 WARM_START = "warm_start.json"
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy")
@@ -82,7 +90,7 @@ def finished_report(run: Path, resume_from: Path | None) -> str | None:
     if resume_from is None or not (run / REPORT).is_file():
         return None
     manifest = checkpoint.read_manifest(resume_from)
-    evaluated = read_json(run / "evaluation.json").get("details", {}).get("step")
+    evaluated = read_json(run / EVALUATION).get("details", {}).get("step")
     if not manifest["step"] == manifest["total_steps"] == evaluated:
         return None
     return (run / REPORT).read_text(encoding="utf-8")
@@ -114,6 +122,36 @@ def environment() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
+
+
+def write_untrained(run: Path, split: str, untrained: Evaluation) -> None:
+    """Writes what the encoder scores before training."""
+    bins = [asdict(part) for part in untrained.breakdown["encoder"]]
+    write_json(run / UNTRAINED, {split: untrained.metrics["encoder"], BREAKDOWN: {split: bins}})
+
+
+def write_evaluation(
+    run: Path,
+    split: str,
+    metrics: dict[str, dict[str, float]],
+    evaluation: Evaluation,
+    details: dict[str, Any],
+) -> None:
+    """Writes the final figures.
+
+    Args:
+        run: the run directory.
+        split: what was evaluated.
+        metrics: by view, the untrained encoder's among them.
+        evaluation: whose parts by label frequency go beside the metrics.
+        details: what else the figures depend on.
+    """
+    parts = {view: [asdict(part) for part in bins] for view, bins in evaluation.breakdown.items()}
+    untrained = read_json(run / UNTRAINED).get(BREAKDOWN, {}).get(split)
+    if untrained:
+        parts = {"untrained": untrained, **parts}
+    content = {split: metrics, BREAKDOWN: {split: parts}, "details": details}
+    write_json(run / EVALUATION, content)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -175,7 +213,7 @@ def describe_run(run: Path) -> str:
         manifest = checkpoint.read_manifest(newest)
         total = manifest["total_steps"]
         lines.append(f"step {manifest['step']} of {total}, {newest}")
-    content = read_json(run / "evaluation.json")
+    content = read_json(run / EVALUATION)
     for split in ("test", "validation"):
         if split in content:
             lines += [f"{split} set", format_table(content[split], recipe.evaluation.propensity)]

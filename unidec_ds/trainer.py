@@ -46,7 +46,7 @@ from unidec_ds.miner import Miner
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
-from unidec_ds.run import UNTRAINED, WARM_START, read_json, write_json
+from unidec_ds.run import WARM_START, read_json, write_json, write_untrained
 from unidec_ds.unified import UnifiedWeight
 from unidec_ds.warm_start import WarmStart, start_rows_from_texts
 
@@ -329,7 +329,9 @@ class Trainer:
         every = self.recipe.evaluation.every_epochs
         if every and (epoch + 1) % every == 0 and len(self.validation_ids):
             result = self.evaluate("validation")
-            self.monitor.log_evaluation(self.step, epoch, "validation", result.metrics)
+            self.monitor.log_evaluation(
+                self.step, epoch, "validation", result.metrics, result.breakdown
+            )
             best = list(result.metrics)[-1]
             figures = ", ".join(
                 f"{k} {result.metrics[best][k]:.2f}" for k in ("P@1", "P@5", "R@100")
@@ -397,4 +399,4 @@ class Trainer:
             self.model, None, self.corpus, self.recipe, split, ("encoder",), "untrained encoder"
         )
         if comm.is_main():
-            write_json(self.run / UNTRAINED, {split: untrained.metrics["encoder"]})
+            write_untrained(self.run, split, untrained)
