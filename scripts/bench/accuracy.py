@@ -5,8 +5,10 @@
 
 Every variant is the recipe with a few settings changed, trained and evaluated by `train.py` itself,
 in a process of its own. Finished runs under `--runs` are not trained again, so a study that was
-stopped goes on, and a new seed adds to it. Runs go side by side in `--jobs` processes of
-`--threads` threads each; a training's seconds therefore compare within one study only.
+stopped goes on, a new seed adds to it, and studies share the runs they have in common.
+
+Runs go side by side in `--jobs` processes of `--threads` threads each; a training's seconds
+therefore compare within one study only.
 """
 
 from __future__ import annotations
@@ -26,21 +28,18 @@ ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@10", "R@100")
 STUDIES: dict[str, dict[str, list[str]]] = {
     "formats": {
-        "fp32": ["classifier.format=fp32"],
+        "fp32": [],
         "bf16_moments": ["classifier.format=bf16_moments"],
         "bf16": ["classifier.format=bf16"],
         "rowwise": ["classifier.format=rowwise"],
-        "fp32, per-row bias correction": [
-            "classifier.format=fp32",
-            "classifier.bias_correction=per_row",
-        ],
+        "fp32, per-row bias correction": ["classifier.bias_correction=per_row"],
     },
     "negatives": {
-        "random batches, no mining": ["mining.every_epochs=0", "pool.num_hard_negatives=0"],
+        "random batches, not mined": ["batches.kind=random", "mining.every_epochs=0"],
         "random batches, mined": ["batches.kind=random"],
-        "clustered batches, mined": ["batches.kind=clustered"],
-        "clustered batches, none drawn": ["batches.kind=clustered", "pool.num_hard_negatives=0"],
-        "random batches, mined from the cache": ["batches.kind=random", "mining.source=cached"],
+        "clustered batches, none drawn": ["pool.num_hard_negatives=0"],
+        "clustered batches, mined": [],
+        "clustered batches, mined from the cache": ["mining.source=cached"],
     },
 }
 
@@ -76,8 +75,8 @@ def main() -> None:
 
     def run(training: tuple[str, int]) -> dict[str, Any]:
         name, seed = training
-        folder = args.runs / args.study / f"{name.replace(', ', '-').replace(' ', '_')}-seed{seed}"
         overrides = [*settings, *variants[name], f"train.seed={seed}"]
+        folder = args.runs / "-".join([args.recipe, *overrides]).replace("/", "_")
         return {"variant": name, "seed": seed, **train(args, folder, overrides)}
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -104,7 +103,7 @@ def train(args: argparse.Namespace, folder: Path, overrides: list[str]) -> dict[
         command = [sys.executable, str(ROOT / "train.py"), "--recipe", args.recipe, "--ds_config",
                    args.ds_config, "--output", str(folder), "--resume", "auto"]  # fmt: skip
         command += [part for override in overrides for part in ("--set", override)]
-        with folder.with_suffix(".log").open("w") as log:
+        with folder.with_name(folder.name + ".log").open("w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
             subprocess.run(command, stdout=log, stderr=log, check=True, env=environment, cwd=ROOT)
     metrics = json.loads(evaluation.read_text(encoding="utf-8"))["test"]
