@@ -24,8 +24,10 @@ def distinct(ids: Ids) -> Ids:
 
     By sorting: `np.unique` hashes since NumPy 2.3, which takes 80 times as long for 360,000 keys.
     """
-    ordered = np.sort(ids)
-    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
+    ordered: Ids = np.sort(ids)
+    first = np.ones(len(ordered), np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
 
 
 @dataclass(frozen=True)
@@ -148,4 +150,5 @@ def _contains(ascending: Ids, wanted: Ids) -> NDArray[np.bool_]:
     if len(ascending) == 0:
         return np.zeros(len(wanted), np.bool_)
     at = np.minimum(np.searchsorted(ascending, wanted), len(ascending) - 1)
-    return ascending[at] == wanted
+    found: NDArray[np.bool_] = ascending[at] == wanted
+    return found
