@@ -112,7 +112,7 @@ class Trainer:
         )
         positives, filter_pairs = corpus.positives["train"], corpus.filter_pairs["train"]
         if recipe.pool.mask_filter_pairs:
-            has_positive = positives.without(filter_pairs).row_counts(train_ids) > 0
+            has_positive = positives.row_counts_without(filter_pairs)[train_ids] > 0
             train_ids = train_ids[has_positive]
         self.train_ids = train_ids
         self.planner = Planner(

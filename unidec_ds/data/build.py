@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from unidec_ds.data.corpus import ARROW_FILE, MANIFEST, ODDITIES
 from unidec_ds.data.formats import RawCorpus, Record
-from unidec_ds.data.pairs import Ids, Pairs
+from unidec_ds.data.pairs import Ids, Pairs, distinct
 from unidec_ds.data.uids import UidDigests
 from unidec_ds.errors import CorpusError
 
@@ -296,7 +296,7 @@ class _PairsWriter:
     def add(self, counts: Ids, columns: Ids) -> None:
         """Appends rows: row i has the next `counts[i]` of `columns`, which may repeat."""
         num_labels = len(self.seen_L)
-        keys = np.unique(np.repeat(np.arange(len(counts)), counts) * num_labels + columns)
+        keys = distinct(np.repeat(np.arange(len(counts)), counts) * num_labels + columns)
         self.num_repeated += len(columns) - len(keys)
         self._counts.append(np.bincount(keys // num_labels, minlength=len(counts)))
         with self._spool.open("ab") as stream:
