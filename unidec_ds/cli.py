@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|exact|ivf|hnsw|FILE",
         help="how labels are searched, or an index of this run (default: exact, ivf over many)",
     )
+    predict.add_argument(
+        "--new-labels", type=Path, metavar="FILE", help="labels the run never saw: `id, text`"
+    )
     predict.add_argument("--batch-size", type=int, default=256, help="texts at once")
     predict.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
     predict.add_argument("--corpus", type=Path, help="where the corpus is now")
@@ -187,6 +190,7 @@ def _predict(args: argparse.Namespace) -> None:
         corpus=args.corpus,
         view=args.view,
         index=parse_index(args.index),
+        new_labels=args.new_labels,
     )
     if args.input is None:
         converse(predictor, k=args.k)

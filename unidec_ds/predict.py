@@ -11,7 +11,7 @@ Shape legend: n texts, L labels, V width of the view's vectors, K labels per tex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +20,16 @@ import torch
 from torch import Tensor
 
 from unidec_ds.assembly import LoadedRun, load_run
-from unidec_ds.batch import make_chunks
 from unidec_ds.data.corpus import RaggedTokens
 from unidec_ds.data.pairs import Ids
-from unidec_ds.embedding import chunk_size
+from unidec_ds.embedding import pool_tokens
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
 from unidec_ds.index import IndexConfig
 from unidec_ds.label_search import LabelSearch, open_label_search
 from unidec_ds.label_vectors import choose_view, query_vectors
-from unidec_ds.model import Chunk
+from unidec_ds.new_labels import NewLabels, open_new_labels
 from unidec_ds.search import fixed_blocks
 
 BATCH_SIZE = 256
@@ -57,12 +56,18 @@ class Predictor:
         run: the run.
         view: what to rank by.
         labels: the run's labels in that view.
+        new_labels: others to be found among them.
     """
 
-    def __init__(self, run: LoadedRun, view: SearchView, labels: LabelSearch) -> None:
+    def __init__(
+        self,
+        run: LoadedRun,
+        view: SearchView,
+        labels: LabelSearch,
+        new_labels: NewLabels | None = None,
+    ) -> None:
         self.view = view
-        self._run, self._labels = run, labels
-        self._device = next(run.model.parameters()).device
+        self._run, self._labels, self._new_labels = run, labels, new_labels
         self._tokenizer: Any = load_tokenizer(run.recipe.encoder.name)
 
     @torch.no_grad()
@@ -92,6 +97,8 @@ class Predictor:
             places = asked[start:end]
             vectors_nV = self._query_vectors([texts[place].strip() for place in places])
             scores_nK, ids_nK = self._labels.search(vectors_nV, k)
+            if self._new_labels is not None:
+                scores_nK, ids_nK = self._new_labels.merge(vectors_nV, scores_nK, ids_nK, k)
             described = self._describe(ids_nK.cpu().numpy(), scores_nK.tolist())
             for place, labels in zip(places, described, strict=True):
                 answers[place] = labels
@@ -102,12 +109,17 @@ class Predictor:
         return (
             f"{self._run.folder} at {self._run.checkpoint.name}, view {self.view}, "
             f"{self._run.corpus.num_labels:,} labels, {self._labels.describe()}"
+            + (f", {self._new_labels.describe()}" if self._new_labels is not None else "")
         )
 
     def _describe(self, ids_nK: Ids, scores_nK: list[list[float]]) -> list[list[Label]]:
-        table = self._run.corpus.labels
+        table, new = self._run.corpus.labels, self._new_labels
         there = ids_nK.ravel()[ids_nK.ravel() >= 0]
-        names = iter(zip(there.tolist(), table.uids(there), table.texts(there), strict=True))
+        if new is None:
+            columns = (table.uids(there), table.texts(there))
+        else:
+            columns = new.names(there, table)
+        names = iter(zip(there.tolist(), *columns, strict=True))
         return [
             [Label(*next(names), score) for label_id, score in zip(ids, scores, strict=True)
              if label_id >= 0]
@@ -121,9 +133,8 @@ class Predictor:
         )["input_ids"]
         offsets = np.cumsum([0, *map(len, encoded)])
         tokens = RaggedTokens(np.concatenate(encoded).astype(np.int32), offsets)
-        chunks, order = make_chunks(tokens, chunk_size(self._device), self._run.corpus.pad_token_id)
-        pooled = torch.cat([model.pool(Chunk(*(p.to(self._device) for p in c))) for c in chunks])
-        return query_vectors(model, pooled.index_select(0, order.to(self._device)), self.view)
+        pooled_nH = pool_tokens(model, tokens, self._run.corpus.pad_token_id)
+        return query_vectors(model, pooled_nH, self.view)
 
 
 def load(
@@ -133,6 +144,7 @@ def load(
     corpus: Path | str | None = None,
     view: SearchView | None = None,
     index: IndexConfig | Path | None = None,
+    new_labels: Path | str | Mapping[str, str] | None = None,
     weight_de: float = 0.5,
     show_progress: bool = True,
 ) -> Predictor:
@@ -147,6 +159,9 @@ def load(
         view: what to rank by; None takes the best of those the run was trained for.
         index: how labels are searched, or the file of an index that belongs to the run; None is
             exact up to some 200,000 labels and approximate above.
+        new_labels: labels that the run was not trained on, to be found among its own: a file of
+            `id, text` (.jsonl, .parquet) or of the XMC repository (lbl.json.gz), or texts by id.
+            Their label ids follow the run's. The first call calibrates their scores.
         weight_de: w of the score 2·(w·cos_DE + (1-w)·cos_classifier) in the view "unified".
         show_progress: draw bars on standard error while something is made.
 
@@ -162,7 +177,13 @@ def load(
     labels = open_label_search(
         loaded, chosen, index or IndexConfig(), weight_de=weight_de, show_progress=show_progress
     )
-    return Predictor(loaded, chosen, labels)
+    new = None
+    if new_labels is not None:
+        source = Path(new_labels) if isinstance(new_labels, str) else new_labels
+        new = open_new_labels(
+            loaded, chosen, source, weight_de=weight_de, show_progress=show_progress
+        )
+    return Predictor(loaded, chosen, labels, new)
 
 
 def _device(name: torch.device | str | None) -> torch.device:
