@@ -153,7 +153,7 @@ def test_opening_maps_and_does_not_read(kind, tmp_path):
         ({"record": {**RECORD, "view": "unified"}}, "view is de, needed unified"),
         ({"config": IndexConfig(storage="int8")}, "storage is fp16, needed int8"),
         ({"kind": "other"}, "kind is"),
-        ({"name": "none.faiss"}, "no such file"),
+        ({"name": "none.faiss"}, "there is no file"),
     ],
 )
 def test_an_index_of_something_else_is_refused(index, tmp_path, change, needed):

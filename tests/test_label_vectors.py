@@ -35,12 +35,6 @@ def run(inputs, request):
     return load_run(save_run(inputs, request.node.name[:40]), CPU)
 
 
-def pooled_queries(run):
-    corpus, ids = run.corpus, np.arange(len(run.corpus.queries["test"]))
-    (vectors,) = embed(run.model, corpus.queries["test"], ids, ("encoder",), corpus.pad_token_id)
-    return vectors, ids
-
-
 @pytest.mark.parametrize("logits", ["dot", "cosine"])
 @pytest.mark.parametrize("view", ["de", "classifier", "unified"])
 def test_products_are_the_scores_of_evaluation(inputs, view, logits):
@@ -146,7 +140,7 @@ def test_vectors_of_another_run_view_or_weight_are_refused(inputs, run):
     ):
         with pytest.raises(UserError, match=named):
             open_label_vectors(made.path, *args, weight_de=weight)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="there is no file"):
         open_label_vectors(made.path.with_name("none.npy"), run, "unified")
 
 

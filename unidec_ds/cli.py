@@ -78,9 +78,21 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="predict labels for texts")
     predict.add_argument("run", type=Path, help="run directory")
-    predict.add_argument("--input", required=True, metavar="FILE|-", help="one text a line")
+    predict.add_argument(
+        "--input", metavar="FILE|-", help="one text a line; without it, you are asked for texts"
+    )
+    predict.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    predict.add_argument("--overwrite", action="store_true", help="replace --output")
     predict.add_argument("--k", type=int, default=5, help="labels per text")
     predict.add_argument("--view", choices=["de", "classifier", "unified"])
+    predict.add_argument(
+        "--index",
+        default="auto",
+        metavar="auto|exact|ivf|hnsw|FILE",
+        help="how labels are searched, or an index of this run (default: exact, ivf over many)",
+    )
+    predict.add_argument("--batch-size", type=int, default=256, help="texts at once")
+    predict.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
     predict.add_argument("--corpus", type=Path, help="where the corpus is now")
     predict.add_argument("--json", action="store_true", help="one JSON object per text")
     predict.set_defaults(run_command=_predict)
@@ -155,13 +167,33 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from unidec_ds.predict import Predictor
+    for option, value in (("--k", args.k), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise UserError(f"{option}: found {value}; needs at least 1")
 
-    if args.k < 1:
-        raise UserError(f"--k: found {args.k}; needs at least 1")
-    predictor = Predictor.load(args.run, device=_device(), corpus=args.corpus, view=args.view)
-    for line in predictor.predict_lines(args.input, k=args.k, as_json=args.json):
-        print(line)
+    from unidec_ds.console import answer_lines, check_files, converse
+    from unidec_ds.label_search import parse_index
+    from unidec_ds.predict import load
+
+    check_files(args.input, args.output, args.overwrite)
+    predictor = load(
+        args.run,
+        device=args.device,
+        corpus=args.corpus,
+        view=args.view,
+        index=parse_index(args.index),
+    )
+    if args.input is None:
+        converse(predictor, k=args.k)
+    else:
+        answer_lines(
+            predictor,
+            args.input,
+            args.output,
+            k=args.k,
+            batch_size=args.batch_size,
+            as_json=args.json,
+        )
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -40,16 +40,22 @@ from unidec_ds.settings import Settings
 
 ApproximateKind = Literal["ivf", "hnsw"]
 IndexKind = Literal["exact", "ivf", "hnsw"]
+IndexChoice = Literal["auto", "exact", "ivf", "hnsw"]
 
 _ADD_BLOCK = 16384  # vectors read from the mapped array and added at once
 _TRAIN_PER_LIST = 40  # vectors per list that the lists' centres are fitted to
 _SEARCH_QUERIES, _SEARCH_BYTES = 256, 64 << 20  # at once: queries, and candidates' vectors
+# The settings that an index cannot be opened with others of.
+_SHAPING: dict[str, tuple[str, ...]] = {
+    "ivf": ("storage", "lists"),
+    "hnsw": ("storage", "links", "build_depth"),
+}
 
 
 class IndexConfig(Settings):
     """How labels are searched."""
 
-    kind: Literal["auto", "exact", "ivf", "hnsw"] = "auto"
+    kind: IndexChoice = "auto"
     """`exact` compares with every vector. `ivf` and `hnsw` are approximate: hnsw answers a single
     query fastest, but takes longest to build and most memory. `auto` is exact up to `exact_up_to`
     vectors and ivf above."""
@@ -88,10 +94,18 @@ class ApproximateIndex:
         index: the FAISS index; the position of a vector is its id.
         kind: what it is.
         config: how deep to search.
+        record: what its file says it is; empty if it comes from none.
     """
 
-    def __init__(self, index: Any, kind: ApproximateKind, config: IndexConfig) -> None:
+    def __init__(
+        self,
+        index: Any,
+        kind: ApproximateKind,
+        config: IndexConfig,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
         self.kind = kind
+        self.record = record or {}
         self._index, self._config = index, config
 
     def __len__(self) -> int:
@@ -137,8 +151,8 @@ class ApproximateIndex:
 
         Args:
             path: where, in a folder that exists.
-            record: what the vectors are; `open_index` wants the same. The settings that shaped the
-                index are added.
+            record: what the vectors are, which `open_index` checks, and anything else of note. The
+                settings that shaped the index are added.
         """
         beside = path.with_suffix(".new")
         _faiss().write_index(self._index, str(beside))
@@ -210,7 +224,27 @@ def open_index(
         index = _faiss().read_index(str(path), _faiss().IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[-1]}") from error
-    return ApproximateIndex(_on_gpu(index, kind), kind, config)
+    return ApproximateIndex(_on_gpu(index, kind), kind, config, stamp.read_record(path))
+
+
+def recorded_config(path: Path) -> tuple[ApproximateKind, IndexConfig]:
+    """Returns the kind of a saved index and the settings that shaped it.
+
+    Raises:
+        UserError: there is no such file, or its record is not that of an index.
+    """
+    record = stamp.read_record(path)
+    names = _SHAPING.get(record.get("kind", ""), ())
+    try:
+        if not names:
+            raise ValueError(f"its kind is {record.get('kind')}")
+        config = IndexConfig(kind=record["kind"], **{name: record[name] for name in names})
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} is not an index of ours: {stamp.record_path(path).name} beside it does not "
+            f"say what it is ({error})"
+        ) from error
+    return record["kind"], config
 
 
 def recall(found_QK: Tensor, exact_QK: Tensor) -> float:
@@ -223,8 +257,7 @@ def _whole_record(
     kind: ApproximateKind, config: IndexConfig, record: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns `record` with the settings that shape an index of this kind."""
-    shaping = ("storage", "lists") if kind == "ivf" else ("storage", "links", "build_depth")
-    return {**record, "kind": kind, **{name: getattr(config, name) for name in shaping}}
+    return {**record, "kind": kind, **{name: getattr(config, name) for name in _SHAPING[kind]}}
 
 
 def _empty_index(kind: ApproximateKind, config: IndexConfig, num_vectors: int, width: int) -> Any:

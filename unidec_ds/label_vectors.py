@@ -59,6 +59,11 @@ class LabelVectors:
     vectors_LV: NDArray[np.float32]
     """Read-only; row = label_id."""
 
+    def as_tensor(self) -> Tensor:
+        """Returns the same vectors as a tensor, mapped; never write to it."""
+        # Mapped copy-on-write: torch would warn of memory that it could not write to.
+        return torch.from_numpy(np.load(self.path, mmap_mode="c"))
+
 
 def choose_view(run: LoadedRun, view: SearchView | None) -> SearchView:
     """Returns `view`, or the best one the run was trained for.

@@ -1,16 +1,17 @@
 """Predicts labels for texts with a trained run.
 
-Label texts are embedded once per checkpoint and kept in the run directory as a memory-mapped
-array; a query then costs one encoder call and one exact search over the labels.
+    predictor = unidec_ds.load("runs/quickstart")
+    predictor.predict(["cut grass with a machine"], k=3)
 
-Shape legend: n texts, L labels, D width, K labels per text.
+The labels' vectors, and over many labels an index, are made once and kept in the run directory
+(`label_search`); a text then costs one encoder call and one search.
+
+Shape legend: n texts, L labels, V width of the view's vectors, K labels per text.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,92 +27,92 @@ from unidec_ds.embedding import chunk_size
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
-from unidec_ds.label_vectors import choose_view, label_vectors, query_vectors
+from unidec_ds.index import IndexConfig
+from unidec_ds.label_search import LabelSearch, open_label_search
+from unidec_ds.label_vectors import choose_view, query_vectors
 from unidec_ds.model import Chunk
-from unidec_ds.search import exact_search, fixed_blocks
+from unidec_ds.search import fixed_blocks
 
-_BATCH = 256
+BATCH_SIZE = 256
+"""Texts that are encoded and searched at once."""
 
 
 class Label(NamedTuple):
     """One predicted label."""
 
     label_id: int
+    """Its number in the corpus, 0..L-1."""
     uid: str
+    """Its identifier in the corpus's source."""
     text: str
+    """Its text; empty for a label without one."""
     score: float
+    """Its score in the view; higher is better."""
 
 
 class Predictor:
-    """A trained run that answers texts. Make it with `Predictor.load`.
+    """A trained run that answers texts. Made by `load`.
 
     Args:
         run: the run.
-        view: what to rank by; default the last of the views it was trained for.
+        view: what to rank by.
+        labels: the run's labels in that view.
     """
 
-    def __init__(self, run: LoadedRun, view: SearchView | None = None) -> None:
-        self.view = choose_view(run, view)
-        self._run = run
+    def __init__(self, run: LoadedRun, view: SearchView, labels: LabelSearch) -> None:
+        self.view = view
+        self._run, self._labels = run, labels
         self._device = next(run.model.parameters()).device
         self._tokenizer: Any = load_tokenizer(run.recipe.encoder.name)
-        self._labels_LV = torch.from_numpy(label_vectors(run, self.view).vectors_LV)
-
-    @classmethod
-    def load(
-        cls,
-        folder: Path | str,
-        *,
-        device: torch.device | str = "cpu",
-        corpus: Path | None = None,
-        view: SearchView | None = None,
-    ) -> Predictor:
-        """Returns a predictor for the newest checkpoint of a run directory.
-
-        Raises:
-            CheckpointError: no usable checkpoint.
-            UserError: the run was not trained for `view`.
-        """
-        return cls(load_run(Path(folder), torch.device(device), corpus), view)
 
     @torch.no_grad()
-    def predict(self, texts: list[str], k: int = 5) -> list[list[Label]]:
+    def predict(
+        self, texts: Sequence[str], k: int = 5, *, batch_size: int = BATCH_SIZE
+    ) -> list[list[Label]]:
         """Returns the `k` best labels of each text, best first; fewer if there are fewer labels.
 
-        A text without any word gets an empty list.
-        """
-        answers: list[list[Label]] = []
-        for start, end in fixed_blocks(len(texts), _BATCH):
-            scores, ids = exact_search(self._query_vectors(texts[start:end]), self._labels_LV, k)
-            for text, row_scores, row_ids in zip(
-                texts[start:end], scores.tolist(), ids.cpu().numpy(), strict=True
-            ):
-                found = row_ids[row_ids >= 0] if text.strip() else row_ids[:0]
-                answers.append(self._describe(found, row_scores))
-        return answers
+        A text without a visible character gets an empty list. Texts are cut to the run's
+        `encoder.max_length`.
 
-    def predict_lines(self, source: str, *, k: int, as_json: bool) -> Iterator[str]:
-        """Yields one block of output for each line of a file, or of standard input for "-".
+        Args:
+            texts: any number.
+            k: labels per text.
+            batch_size: texts at once: memory grows with it.
 
         Raises:
-            UserError: the file is not there or not UTF-8.
+            UserError: `texts` is not a sequence of texts, or a number is below 1.
         """
-        for texts in _batches_of_lines(source):
-            for text, labels in zip(texts, self.predict(texts, k), strict=True):
-                if as_json:
-                    found = [label._asdict() for label in labels]
-                    yield json.dumps({"text": text, "labels": found}, ensure_ascii=False)
-                else:
-                    yield text
-                    yield from (f"  {x.score:6.3f}  {x.uid}  {x.text}" for x in labels)
+        _check_texts(texts)
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            if value < 1:
+                raise UserError(f"{name}: found {value}; needs at least 1")
+        answers: list[list[Label]] = [[] for _ in texts]
+        asked = [place for place, text in enumerate(texts) if text.strip()]
+        for start, end in fixed_blocks(len(asked), batch_size):
+            places = asked[start:end]
+            vectors_nV = self._query_vectors([texts[place].strip() for place in places])
+            scores_nK, ids_nK = self._labels.search(vectors_nV, k)
+            described = self._describe(ids_nK.cpu().numpy(), scores_nK.tolist())
+            for place, labels in zip(places, described, strict=True):
+                answers[place] = labels
+        return answers
 
-    def _describe(self, label_ids: Ids, scores: list[float]) -> list[Label]:
-        labels = self._run.corpus.labels
-        columns = (labels.uids(label_ids), labels.texts(label_ids), scores)
+    def describe(self) -> str:
+        """Returns one line about what answers: run, view, labels, search."""
+        return (
+            f"{self._run.folder} at {self._run.checkpoint.name}, view {self.view}, "
+            f"{self._run.corpus.num_labels:,} labels, {self._labels.describe()}"
+        )
+
+    def _describe(self, ids_nK: Ids, scores_nK: list[list[float]]) -> list[list[Label]]:
+        table = self._run.corpus.labels
+        there = ids_nK.ravel()[ids_nK.ravel() >= 0]
+        names = iter(zip(there.tolist(), table.uids(there), table.texts(there), strict=True))
         return [
-            Label(int(i), *rest)
-            for i, rest in zip(label_ids, zip(*columns, strict=False), strict=False)
-        ]
+            [Label(*next(names), score) for label_id, score in zip(ids, scores, strict=True)
+             if label_id >= 0]
+            for ids, scores in zip(ids_nK, scores_nK, strict=True)
+        ]  # fmt: skip
 
     def _query_vectors(self, texts: list[str]) -> Tensor:
         model = self._run.model
@@ -122,24 +123,70 @@ class Predictor:
         tokens = RaggedTokens(np.concatenate(encoded).astype(np.int32), offsets)
         chunks, order = make_chunks(tokens, chunk_size(self._device), self._run.corpus.pad_token_id)
         pooled = torch.cat([model.pool(Chunk(*(p.to(self._device) for p in c))) for c in chunks])
-        pooled = pooled.index_select(0, order.to(self._device))
-        return query_vectors(model, pooled, self.view)
+        return query_vectors(model, pooled.index_select(0, order.to(self._device)), self.view)
 
 
-def _batches_of_lines(source: str) -> Iterator[list[str]]:
+def load(
+    run: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    corpus: Path | str | None = None,
+    view: SearchView | None = None,
+    index: IndexConfig | Path | None = None,
+    weight_de: float = 0.5,
+    show_progress: bool = True,
+) -> Predictor:
+    """Returns a predictor for the newest checkpoint of a run directory.
+
+    The first call for a checkpoint embeds all labels, which takes as long as encoding their texts.
+
+    Args:
+        run: the run directory.
+        device: where texts are encoded; None takes the GPU if there is one.
+        corpus: where the corpus is now; None: where the recipe says.
+        view: what to rank by; None takes the best of those the run was trained for.
+        index: how labels are searched, or the file of an index that belongs to the run; None is
+            exact up to some 200,000 labels and approximate above.
+        weight_de: w of the score 2·(w·cos_DE + (1-w)·cos_classifier) in the view "unified".
+        show_progress: draw bars on standard error while something is made.
+
+    Raises:
+        CheckpointError: no usable checkpoint.
+        UserError: the run was not trained for `view`, the index does not belong to the run, there
+            is no such device, or the run directory cannot be written to.
+    """
+    if not 0 <= weight_de <= 1:
+        raise UserError(f"weight_de: found {weight_de}; needs a number from 0 to 1")
+    loaded = load_run(Path(run), _device(device), Path(corpus) if corpus else None)
+    chosen = choose_view(loaded, view)
+    labels = open_label_search(
+        loaded, chosen, index or IndexConfig(), weight_de=weight_de, show_progress=show_progress
+    )
+    return Predictor(loaded, chosen, labels)
+
+
+def _device(name: torch.device | str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        stream = sys.stdin if source == "-" else open(source, encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--input: {source} cannot be read: {error.strerror}") from error
-    with stream:
-        batch: list[str] = []
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        first_line = str(error).split("\n")[0]
+        raise UserError(f"device: {name!r} cannot be used ({first_line}); try cpu") from error
+    return device
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise UserError("texts: found one text; needs a list of texts, such as [text]")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"texts[{place}]: found {type(text).__name__}; needs a text")
         try:
-            for line in stream:
-                batch.append(line.rstrip("\n"))
-                if len(batch) == _BATCH or (source == "-" and sys.stdin.isatty()):
-                    yield batch
-                    batch = []
-        except UnicodeDecodeError as error:
-            raise UserError(f"--input: {source} is not UTF-8: {error}") from error
-        if batch:
-            yield batch
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"texts[{place}]: holds {text[error.start]!r}, half of a surrogate pair, which is "
+                "no character; remove it"
+            ) from None

@@ -162,7 +162,12 @@ def mask_pairs(scores_BL: Tensor, pairs: Pairs, *, first_query: int, first_label
 
 @torch.no_grad()
 def exact_search(
-    queries_QD: Tensor, labels_LD: Tensor, k: int, *, exclude: Pairs | None = None
+    queries_QD: Tensor,
+    labels_LD: Tensor,
+    k: int,
+    *,
+    exclude: Pairs | None = None,
+    hidden_L: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the k labels of largest inner product for each query, exactly.
 
@@ -172,6 +177,7 @@ def exact_search(
             once, block by block. Products are fp32 whatever the dtypes.
         k: labels per query.
         exclude: pairs (query, label id) never to be found, at no cost in depth.
+        hidden_L: bool [L], labels that no query may find, likewise.
 
     Returns:
         (scores fp32 [Q, k], label ids int64 [Q, k]), score descending, id ascending; the rest of a
@@ -183,10 +189,15 @@ def exact_search(
     buffer = torch.empty(query_block(device) * min(LABEL_BLOCK, num_labels), device=device)
     for first_label, end_label in fixed_blocks(num_labels, LABEL_BLOCK):
         block_DL = labels_LD[first_label:end_label].to(device, torch.float32).T
+        hidden = None
+        if hidden_L is not None:
+            hidden = hidden_L[first_label:end_label].nonzero().view(-1).to(device)
         for first_query, end_query in query_ranges:
             shape = (end_query - first_query, end_label - first_label)
             scores_BL = buffer[: shape[0] * shape[1]].view(shape)
             torch.mm(queries_QD[first_query:end_query].float(), block_DL, out=scores_BL)
+            if hidden is not None:
+                scores_BL[:, hidden] = -torch.inf
             top.update(scores_BL, first_query=first_query, first_label=first_label, exclude=exclude)
     return top.result()
 

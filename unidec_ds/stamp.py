@@ -18,6 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from unidec_ds.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,16 +28,30 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns what the record of a derived file says.
+
+    Raises:
+        UserError: the file is not there, or its record is not or is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    record = record_path(path)
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the record {record} of what it holds cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"the record {record} of what it holds is not a JSON object")
+    return found
+
+
 def mismatch(path: Path, record: Mapping[str, Any]) -> str | None:
     """Returns how the file differs from the one `record` describes; None if it is that one."""
-    if not path.is_file():
-        return "there is no such file"
     try:
-        found = json.loads(record_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"its record {record_path(path).name} cannot be read ({error})"
-    if not isinstance(found, dict):
-        return f"its record {record_path(path).name} is not a JSON object"
+        found = read_record(path)
+    except UserError as error:
+        return str(error)
     size = path.stat().st_size
     faults = [
         f"{key} is {_short(found.get(key))}, needed {_short(value)}"
