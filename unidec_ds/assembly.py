@@ -20,6 +20,7 @@ from unidec_ds.config import Recipe, load_recipe
 from unidec_ds.data.corpus import Corpus, split_validation
 from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids
+from unidec_ds.data.pool import Planner
 from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.encoders import empty_encoder, load_encoder
@@ -66,6 +67,30 @@ def table_placement(ds_config: DsConfig) -> Placement:
         kind="device" if device == "none" else device,
         nvme_path=offload.get("nvme_path") if device == "nvme" else None,
         pin_memory=bool(offload.get("pin_memory", False)),
+    )
+
+
+def split_train_queries(corpus: Corpus, recipe: Recipe) -> tuple[Ids, Ids]:
+    """Returns the train queries to train on (those with a positive) and those to validate on."""
+    train_ids, validation_ids = split_validation(
+        corpus, recipe.corpus.validation_fraction, recipe.train.seed
+    )
+    if recipe.pool.mask_filter_pairs:
+        counts = corpus.positives["train"].row_counts_without(corpus.filter_pairs["train"])
+        train_ids = train_ids[counts[train_ids] > 0]
+    return train_ids, validation_ids
+
+
+def make_planner(corpus: Corpus, recipe: Recipe, train_ids: Ids) -> Planner:
+    """Returns the planner of a run's steps, before any mining."""
+    return Planner(
+        query_ids=train_ids,
+        positives=corpus.positives["train"],
+        filter_pairs=corpus.filter_pairs["train"],
+        pool=recipe.pool,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        all_labels=recipe.objective.pool == "all",
     )
 
 

@@ -26,6 +26,8 @@ from unidec_ds import checkpoint, comm
 from unidec_ds.assembly import (
     build_model,
     evaluate_split,
+    make_planner,
+    split_train_queries,
     table_placement,
     trained_views,
     tune_unified,
@@ -33,10 +35,9 @@ from unidec_ds.assembly import (
 from unidec_ds.batch import Batch, make_batch
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.config import Recipe
-from unidec_ds.data.corpus import Corpus, split_validation
+from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids
-from unidec_ds.data.pool import Planner
 from unidec_ds.data.prefetch import Prefetcher
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.engine import Engine
@@ -107,23 +108,9 @@ class Trainer:
             weight_decay=recipe.optimizer.weight_decay,
             local_world_size=comm.local_world_size(),
         )
-        train_ids, self.validation_ids = split_validation(
-            corpus, recipe.corpus.validation_fraction, seed
-        )
-        positives, filter_pairs = corpus.positives["train"], corpus.filter_pairs["train"]
-        if recipe.pool.mask_filter_pairs:
-            has_positive = positives.row_counts_without(filter_pairs)[train_ids] > 0
-            train_ids = train_ids[has_positive]
+        train_ids, self.validation_ids = split_train_queries(corpus, recipe)
         self.train_ids = train_ids
-        self.planner = Planner(
-            query_ids=train_ids,
-            positives=positives,
-            filter_pairs=filter_pairs,
-            pool=recipe.pool,
-            batch_size=recipe.train.batch_size,
-            seed=seed,
-            all_labels=recipe.objective.pool == "all",
-        )
+        self.planner = make_planner(corpus, recipe, train_ids)
         steps = self.planner.steps_per_epoch * recipe.train.epochs
         self.total_steps = min(steps, recipe.train.max_steps or steps)
         self.step = 0

@@ -84,8 +84,10 @@ class VectorCache:
         first_step: int,
     ) -> None:
         self._folder, self._sizes, self._width = folder, dict(sizes), width
-        self._about = {"sizes": self._sizes, "width": width, **details}
-        found, fault = comm.broadcast_object(self._find(first_step) if comm.is_main() else (0, ""))
+        self._about = _about(sizes, width, details)
+        found, fault = comm.broadcast_object(
+            _find(folder, self._about, first_step) if comm.is_main() else (0, "")
+        )
         self.note = None
         if first_step and fault:
             self.note = (
@@ -148,21 +150,6 @@ class VectorCache:
             _Shards(self._folder, comm.world_size(), self._sizes), step - max_age_steps, step
         )
 
-    def _find(self, first_step: int) -> tuple[int, str]:
-        """Returns the world size of usable files and "", or 0 and what is wrong with them."""
-        path = self._folder / _RECORD
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            world_size, step = int(record.pop("world_size")), int(record.pop("step"))
-            if record != self._about:
-                return 0, f"they are of {record}, needed are those of {self._about}"
-            if not 0 < first_step <= step:
-                return 0, f"they were last synced at step {step}, needed is step {first_step}"
-            _Shards(self._folder, world_size, self._sizes)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return 0, f"{type(error).__name__}: {error}"
-        return world_size, ""
-
     def _make(self, before: _Shards | None) -> None:
         """Makes this rank's files, empty or with its part of another world size's."""
         rank, world_size = comm.rank(), comm.world_size()
@@ -184,8 +171,29 @@ class VectorCache:
                 steps[start:end] = before.steps(kind)[ids[start:end]]
 
 
+def open_fresh(
+    folder: Path,
+    sizes: Mapping[Kind, int],
+    width: int,
+    details: Mapping[str, Any],
+    step: int,
+    max_age_steps: int,
+) -> FreshVectors | None:
+    """Returns what a run kept in the `max_age_steps` steps before `step`; None if it kept nothing.
+
+    For reading a run that is over; arguments as for `VectorCache` and `VectorCache.fresh`. No
+    communication.
+    """
+    world_size, _ = _find(folder, _about(sizes, width, details), step)
+    if not world_size:
+        return None
+    return FreshVectors(_Shards(folder, world_size, sizes), step - max_age_steps, step)
+
+
 class FreshVectors:
-    """The kept vectors that mining may use, of every rank. Made by `VectorCache.fresh`.
+    """The kept vectors that mining may use, of every rank.
+
+    Made by `VectorCache.fresh` and `open_fresh`.
 
     Attributes:
         is_fresh: by kind, bool by id.
@@ -240,6 +248,26 @@ class _Shards:
             own = owners == rank
             vectors[own] = shard.vectors[kind][partition.local_row(ids[own], world_size)]
         return vectors
+
+
+def _about(sizes: Mapping[Kind, int], width: int, details: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sizes": dict(sizes), "width": width, **details}
+
+
+def _find(folder: Path, about: Mapping[str, Any], first_step: int) -> tuple[int, str]:
+    """Returns the world size of usable files and "", or 0 and what is wrong with them."""
+    path = folder / _RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        world_size, step = int(record.pop("world_size")), int(record.pop("step"))
+        if record != about:
+            return 0, f"they are of {record}, needed are those of {about}"
+        if not 0 < first_step <= step:
+            return 0, f"they were last synced at step {step}, needed is step {first_step}"
+        _Shards(folder, world_size, about["sizes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return 0, f"{type(error).__name__}: {error}"
+    return world_size, ""
 
 
 def _path(folder: Path, kind: Kind, rank: int, world_size: int) -> Path:
