@@ -85,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="one JSON object per text")
     predict.set_defaults(run_command=_predict)
 
+    report = commands.add_parser("report", help="one HTML page about a run, finished or not")
+    report.add_argument("run", type=Path, help="a run directory")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    report.set_defaults(run_command=_report)
+
     score = commands.add_parser("score", help="score any system's predictions")
     score.add_argument("--truth", type=Path, required=True, help="XMC sparse text or .npz")
     score.add_argument("--predictions", type=Path, required=True, help="likewise, with scores")
@@ -149,6 +154,12 @@ def _predict(args: argparse.Namespace) -> None:
     predictor = Predictor.load(args.run, device=_device(), corpus=args.corpus, view=args.view)
     for line in predictor.predict_lines(args.input, k=args.k, as_json=args.json):
         print(line)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from unidec_ds.report.page import write_report
+
+    print(write_report(args.run, args.out))
 
 
 def _score(args: argparse.Namespace) -> None:

@@ -135,6 +135,7 @@ def evaluate_and_report(trainer: Trainer) -> str:
             "",
             "next",
             *_activation(),
+            f"  unidec-ds report {run}",
             f"  tensorboard --logdir {run}",
             f"  unidec-ds evaluate {run}",
             f"  unidec-ds predict {run} --input - --k 5",

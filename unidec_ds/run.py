@@ -9,6 +9,7 @@ RUN/
     evaluation.json    final metrics by split and view, in percent
     samples.json       some final predictions, right and wrong
     report.txt         what training printed at its end
+    report.html        the same with curves, once `unidec-ds report` was asked for it
     events.out.*       TensorBoard
     checkpoints/       see `checkpoint`
     mining/            shortlists and clusters, see `mining`
