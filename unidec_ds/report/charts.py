@@ -39,7 +39,7 @@ _SERIES = [value for name, value in _COLOURS.items() if name.startswith("series"
 _DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2))]
 _STYLE = {
     "font.family": ["DejaVu Sans"],
-    "font.size": 11,
+    "font.size": 12,
     "svg.fonttype": "none",
     "text.color": _COLOURS["ink"],
     "axes.facecolor": "none",
