@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", help="only these")
     parser.add_argument("--set", action="append", default=[], help="applied to every variant")
+    parser.add_argument(
+        "--layers", type=int, help="train the packaged encoder's first layers only: faster"
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "accuracy")
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each")
@@ -65,6 +68,8 @@ def main() -> None:
     args = parser.parse_args()
     seeds = args.seeds[:2] if args.quick else args.seeds
     settings = [*args.set, *(["train.max_steps=2"] if args.quick else [])]
+    if args.layers:
+        settings.append(f"encoder.name={first_layers(args.layers, args.runs)}")
 
     variants = {
         name: changes
@@ -76,7 +81,9 @@ def main() -> None:
     def run(training: tuple[str, int]) -> dict[str, Any]:
         name, seed = training
         overrides = [*settings, *variants[name], f"train.seed={seed}"]
-        folder = args.runs / "-".join([args.recipe, *overrides]).replace("/", "_")
+        changes = [change for change in overrides if not change.startswith("encoder.name")]
+        layers = [f"{args.layers}-layers"] if args.layers else []
+        folder = args.runs / "-".join([args.recipe, *layers, *changes])
         return {"variant": name, "seed": seed, **train(args, folder, overrides)}
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -110,6 +117,20 @@ def train(args: argparse.Namespace, folder: Path, overrides: list[str]) -> dict[
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [record for line in lines if "step_s" in (record := json.loads(line))]
     return {"test": metrics, "training_s": sum(record["step_s"] for record in steps)}
+
+
+def first_layers(num_layers: int, folder: Path) -> Path:
+    """Returns a folder with the packaged encoder cut to its first layers."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from unidec_ds.encoders import PACKAGED_ENCODER, resolve_encoder
+
+    target = folder.resolve() / f"encoder-{num_layers}-layers"
+    if not target.is_dir():
+        source = resolve_encoder(PACKAGED_ENCODER)
+        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+        AutoModel.from_pretrained(source, num_hidden_layers=num_layers).save_pretrained(target)
+    return target
 
 
 def table(figures: list[dict[str, Any]], variants: list[str], view: str) -> str:
