@@ -45,7 +45,8 @@ _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "nu
 # Settings that may change when a run is continued: they do not touch the loss curve.
 _FREE_SECTIONS = ("checkpoint", "evaluation")
 _FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "train.encoder_chunk", "train.recompute",
-              "train.loss_block_bytes", "train.log_every_steps")  # fmt: skip
+              "train.loss_block_bytes", "train.log_every_steps",
+              "classifier.prefetch_rows")  # fmt: skip
 
 
 def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | None:

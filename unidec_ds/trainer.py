@@ -147,8 +147,13 @@ class Trainer:
         if self._saved_step != self.step:
             self._save()
 
-    def train_step(self, batch: Batch, timer: StepTimer) -> StepResult:
-        """Takes one optimizer step on `batch`, made from the step's plan (`data.pool`, `batch`)."""
+    def train_step(
+        self, batch: Batch, timer: StepTimer, upcoming: Batch | None = None
+    ) -> StepResult:
+        """Takes one optimizer step on `batch`, made from the step's plan (`data.pool`, `batch`).
+
+        `upcoming` is the next step's batch, if it is made: its rows come while this one computes.
+        """
         objective = self.recipe.objective
         rates = learning_rates(self.recipe.optimizer, self.step, self.total_steps)
         self.engine.set_learning_rates(rates)
@@ -167,6 +172,8 @@ class Trainer:
             query_de_BD, query_classifier_BD = both_heads.chunk(2, dim=1)
         with timer.part("rows"):
             rows_PD = self.table.fetch(batch.own_label_ids)
+            if upcoming is not None:
+                self.table.fetch_ahead(upcoming.own_label_ids)
         with timer.part("loss"):
             heads: dict[str, HeadLoss] = {}
             if objective.de != "none":
@@ -288,7 +295,7 @@ class Trainer:
         start = time.perf_counter()
         with timer.part("wait_for_batch"):
             batch = next(batches).to(self.device)
-        result = self.train_step(batch, timer)
+        result = self.train_step(batch, timer, batches.peek())
         seconds = time.perf_counter() - start
         self.miner.add_step(seconds)
         record: dict[str, Any] = {

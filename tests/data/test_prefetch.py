@@ -32,6 +32,29 @@ def test_none_is_an_item() -> None:
         assert list(items) == [None, None, None]
 
 
+def test_peek_shows_the_next_item_and_never_waits() -> None:
+    may_make, made = Event(), [Event() for _ in range(3)]
+
+    def make(i: int) -> int:
+        may_make.wait()
+        if i == 2:
+            made[1].wait()
+            raise ValueError("no item 2")
+        made[i].set()
+        return i
+
+    with Prefetcher(make, 0, 3, depth=2) as items:
+        assert items.peek() is None
+        may_make.set()
+        made[1].wait()  # item 0 is then in the queue
+        assert items.peek() == items.peek() == 0
+        assert [next(items), next(items)] == [0, 1]
+        assert items.peek() is None  # not made, or its failure: `next` tells
+        with pytest.raises(ValueError, match="no item 2"):
+            next(items)
+        assert items.peek() is None
+
+
 def test_it_makes_at_most_depth_items_ahead() -> None:
     made: list[int] = []
     arrived = [Event() for _ in range(10)]

@@ -203,6 +203,27 @@ def test_mining_from_kept_vectors_reuses_what_steps_encoded(cached_mining):
     assert all(0 < share < 1 for share in shares)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_fetched_ahead_train_bitwise_the_same_model(inputs, tmp_path, world_size):
+    """With mining, evaluation and checkpoints between the steps."""
+    results = {}
+    for prefetch_rows in ("always", "never"):
+        results[prefetch_rows] = run_job(
+            inputs,
+            tmp_path / prefetch_rows,
+            world_size,
+            classifier={"format": "bf16", "prefetch_rows": prefetch_rows},
+            mining={"start_epoch": 1, "every_epochs": 1},
+            evaluation={"every_epochs": 1},
+            checkpoint={"every_steps": 4, "keep": 1},
+        )
+    assert read_losses(tmp_path / "always") == read_losses(tmp_path / "never")
+    for ahead, plain in zip(results["always"], results["never"], strict=True):
+        for part in ("state", "rows"):
+            for name, tensor in plain[part].items():
+                assert torch.equal(tensor, ahead[part][name]), name
+
+
 def test_resume_at_another_world_size_continues_the_curve(inputs, tmp_path):
     sections = {"checkpoint": {"every_steps": 10, "keep": 5}}
     run_job(inputs, tmp_path / "one", 1, **sections)

@@ -16,7 +16,6 @@ Shape legend: R touched rows, D width, L labels, W ranks, n ids of one call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -36,6 +35,7 @@ from unidec_ds.classifier.row_formats import (
     rounding_row_keys,
     xavier_rows,
 )
+from unidec_ds.classifier.staging import StagedRows, Staging
 from unidec_ds.classifier.storage import Placement, allocate
 from unidec_ds.errors import CheckpointError
 from unidec_ds.settings import Settings
@@ -61,17 +61,9 @@ class ClassifierConfig(Settings):
     bias_correction: BiasCorrection = "global"
     """Adam's bias correction by the number of steps of the run, or of each row's own updates
     (4 bytes more a label). With global, a row first touched late moves 3.2 learning rates."""
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """The rows of one step, between `fetch` and `apply`."""
-
-    leaf: Tensor  # [R, D] on the device; the same memory as `packed` where that is the host's
-    packed: Tensor  # fp32 [R, D] beside the table: the rows as stored
-    label_ids: Ids
-    index: Tensor  # int64 [R], the rows of this shard, beside the table
-    staging: Tensor  # the flat memory that `packed` is part of
+    prefetch_rows: Literal["auto", "always", "never"] = "auto"
+    """Bring the next step's rows to the device while it computes this step; the numbers stay the
+    same, bit for bit. auto: where the device is an accelerator and the table is not on it."""
 
 
 class ClassifierTable:
@@ -153,8 +145,13 @@ class ClassifierTable:
         )
         self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
         self._moments: dict[str, Tensor] = {}
-        self._spare_staging: list[Tensor] = []
-        self._fetched: _Fetched | None = None
+        self._staging = Staging(self._columns, self._copier, device, self._pin_memory)
+        self._packs_ahead = self._on_host and (
+            config.prefetch_rows == "always"
+            or (config.prefetch_rows == "auto" and device.type != "cpu")
+        )
+        self._fetched: StagedRows | None = None
+        self._leaf: Tensor | None = None
         self._initialise()
 
     @property
@@ -168,14 +165,24 @@ class ClassifierTable:
         Args:
             label_ids: int64 [R], ascending, all owned by this rank; R may be 0.
         """
-        assert (np.diff(label_ids) > 0).all(), "label ids of a step ascend and do not repeat"
-        index = self._index(label_ids)
-        staging = self._take_staging(len(label_ids) * self.width)
-        packed = staging[: len(label_ids) * self.width].view(-1, self.width)
-        self._copier.gather(self._columns, index, {"rows": packed})
-        leaf = packed.to(self._device, non_blocking=True).detach().requires_grad_()
-        self._fetched = _Fetched(leaf, packed, label_ids, index, staging)
-        return leaf
+        fetched = self._staging.take_ahead(label_ids)
+        if fetched is None:
+            fetched = self._staging.pack(label_ids, self._step_index(label_ids))
+        self._fetched = fetched
+        self._leaf = fetched.on_device.detach().requires_grad_()
+        return self._leaf
+
+    def fetch_ahead(self, label_ids: Ids) -> None:
+        """Starts bringing the next step's rows to the device, where that gains time.
+
+        The next `fetch` of the same labels then returns at once, with the same numbers; it may
+        also be of others. See `classifier.staging`.
+
+        Args:
+            label_ids: as for `fetch`.
+        """
+        if self._packs_ahead:
+            self._staging.pack_ahead(label_ids, self._step_index(label_ids))
 
     def apply(self, rows_RD: Tensor, *, lr: float) -> None:
         """Takes one AdamW step on the rows of the last `fetch`; `step` grows by one.
@@ -189,15 +196,16 @@ class ClassifierTable:
         """
         fetched = self._fetched
         assert fetched is not None, "apply follows fetch"
-        assert rows_RD is fetched.leaf, "not the leaf of the last fetch"
-        self._fetched = None
+        assert rows_RD is self._leaf, "not the leaf of the last fetch"
+        self._fetched = self._leaf = None
         self.step += 1
+        self._staging.wait()
         num_rows = len(fetched.label_ids)
         if num_rows:
             assert rows_RD.grad is not None
             grads_RD, grads_staging = rows_RD.grad.contiguous(), None
             if grads_RD.device != fetched.packed.device:
-                grads_staging = self._take_staging(grads_RD.numel())
+                grads_staging = self._staging.borrow(grads_RD.numel())
                 on_host = grads_staging[: grads_RD.numel()].view_as(grads_RD)
                 grads_RD = on_host.copy_(grads_RD)
             row_keys = np.zeros(num_rows, np.uint64)
@@ -208,8 +216,9 @@ class ClassifierTable:
                 span = slice(start, min(start + block_rows, num_rows))
                 self._update(fetched, grads_RD, row_keys, span, lr)
             if grads_staging is not None:
-                self._spare_staging.append(grads_staging)
-        self._spare_staging.append(fetched.staging)
+                self._staging.give_back(grads_staging)
+            self._staging.renew(fetched)
+        self._staging.give_back(fetched.memory)
 
     def read(self, label_ids: Ids) -> Tensor:
         """Returns the labels' rows, fp32 [n, D] on the host, in the order asked for."""
@@ -227,6 +236,7 @@ class ClassifierTable:
             rows_nD: [n, D] on any device.
         """
         assert rows_nD.shape == (len(label_ids), self.width)
+        self._staging.forget_ahead()
         rows = self._columns["rows"]
         values_nD = rows_nD.detach().to(rows.tensor.device, rows.tensor.dtype).contiguous()
         rows.scatter(self._index(label_ids), values_nD)
@@ -270,6 +280,7 @@ class ClassifierTable:
                 f"({self._format}) and classifier.bias_correction need {_describe(needed)}. Resume "
                 "with the recipe it was saved with, or start a new run with --init_from."
             )
+        self._staging.forget_ahead()
         for start in range(0, old_num_rows, _COPY_ROWS):
             old_rows = np.arange(start, min(start + _COPY_ROWS, old_num_rows))
             label_ids = partition.label_ids(old_rows, old_rank, old_world_size)
@@ -284,6 +295,11 @@ class ClassifierTable:
         """Writes mapped files to disk; nothing to do in the other placements."""
         for column in self._columns.values():
             column.flush()
+
+    def _step_index(self, label_ids: Ids) -> Tensor:
+        """Returns `_index` of a step's labels, which ascend."""
+        assert (np.diff(label_ids) > 0).all(), "label ids of a step ascend and do not repeat"
+        return self._index(label_ids)
 
     def _index(self, label_ids: Ids) -> Tensor:
         """Returns the labels' rows in this shard, int64 [n] beside the table; checks they exist."""
@@ -303,18 +319,6 @@ class ClassifierTable:
             drawn = xavier_rows(label_ids, self.num_labels, self.width, self._seed)
             rows[start : start + len(drawn)] = drawn.to(rows.device)
 
-    def _take_staging(self, num_elements: int) -> Tensor:
-        """Returns flat fp32 memory beside the table, used before if that is large enough.
-
-        Fresh memory of a step's size would cost its page faults (or its page-locking) every step.
-        """
-        if self._spare_staging:
-            staging = self._spare_staging.pop()
-            if len(staging) >= num_elements:
-                return staging
-        device = self._columns["rows"].tensor.device
-        return torch.empty(num_elements * 5 // 4, device=device, pin_memory=self._pin_memory)
-
     def _moments_of(self, num_rows: int) -> dict[str, Tensor]:
         """Returns fp32 memory for the moments of a block, used again by the next block."""
         for name, column in self._column_types.items():
@@ -326,7 +330,7 @@ class ClassifierTable:
     @torch.no_grad()
     def _update(
         self,
-        fetched: _Fetched,
+        fetched: StagedRows,
         grads_RD: Tensor,
         row_keys: NDArray[np.uint64],
         span: slice,

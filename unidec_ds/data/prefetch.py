@@ -36,6 +36,7 @@ class Prefetcher(Generic[T], Iterator[T]):
         self._next, self._stop = start, stop
         self._room = Semaphore(depth)
         self._made: SimpleQueue[tuple[T] | BaseException] = SimpleQueue()
+        self._peeked: tuple[T] | BaseException | None = None
         self._closed = False
         self._thread = Thread(target=self._run, args=(start,), name="prefetch", daemon=True)
         self._thread.start()
@@ -56,7 +57,7 @@ class Prefetcher(Generic[T], Iterator[T]):
         if self._closed or self._next >= self._stop:
             self.close()
             raise StopIteration
-        made = self._made.get()
+        made, self._peeked = self._peeked or self._made.get(), None
         if isinstance(made, BaseException):
             self.close()
             raise made
@@ -64,12 +65,20 @@ class Prefetcher(Generic[T], Iterator[T]):
         self._room.release()
         return made[0]
 
+    def peek(self) -> T | None:
+        """Returns the item that `next` will return, None if it is not made yet; never waits."""
+        if self._peeked is None and not self._made.empty():
+            self._peeked = self._made.get()
+        if self._peeked is None or isinstance(self._peeked, BaseException):
+            return None
+        return self._peeked[0]
+
     def close(self) -> None:
         """Stops the thread and forgets the items made ahead; harmless when called again."""
         self._closed = True
         self._room.release()
         self._thread.join()
-        self._made = SimpleQueue()
+        self._made, self._peeked = SimpleQueue(), None
 
     def __enter__(self) -> Prefetcher[T]:
         return self
