@@ -116,7 +116,8 @@ def test_a_finished_run_is_reused_evaluated_and_asked(inputs, plain, tmp_path):
 
     done = command("evaluate", str(inputs / "plain"), "--json", str(tmp_path / "m.json"))
     assert done.returncode == 0, done.stderr
-    trained = json.loads((inputs / "plain" / "evaluation.json").read_text())["test"]
+    evaluation = json.loads((inputs / "plain" / "evaluation.json").read_text())
+    trained = evaluation["test"]
     again = json.loads((tmp_path / "m.json").read_text())["test"]
     assert list(again) == ["de", "classifier", "unified", "unified_tuned"]
     for view, metrics in again.items():
@@ -130,6 +131,16 @@ def test_a_finished_run_is_reused_evaluated_and_asked(inputs, plain, tmp_path):
     assert [len(answer["labels"]) for answer in answers] == [3, 0, 3]
     scores = [label["score"] for label in answers[0]["labels"]]
     assert scores == sorted(scores, reverse=True)
+    chosen = evaluation["details"]["unified_tuned"]["weight_de"]
+    weighted = [
+        command(
+            "predict", str(inputs / "plain"), "--input", "-", "--json", "--weight-de", weight,
+            input="red car\n",
+        )
+        for weight in ("tuned", str(chosen))
+    ]  # fmt: skip
+    assert weighted[0].returncode == 0, weighted[0].stderr
+    assert weighted[0].stdout == weighted[1].stdout
     done = command("info", str(inputs / "plain"))
     assert done.returncode == 0, done.stderr
     assert "step 21 of 21" in done.stdout

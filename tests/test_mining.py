@@ -18,7 +18,7 @@ from unidec_ds.embedding import embed_all
 from unidec_ds.encoders import EncoderConfig, load_encoder
 from unidec_ds.errors import CheckpointError
 from unidec_ds.mined import MiningTexts, open_mined, remove_mined
-from unidec_ds.mining import MiningConfig, label_block, last_mined_epoch, mine, mines_at
+from unidec_ds.mining import MiningConfig, is_exact, label_block, last_mined_epoch, mine, mines_at
 from unidec_ds.model import ModelConfig, UniDEC
 from unidec_ds.vector_cache import VectorCache
 
@@ -134,6 +134,47 @@ def test_kept_vectors_are_used_and_only_other_texts_are_encoded(
     total = NUM_TRAIN + np.count_nonzero(corpus.label_has_text)
     assert mined.texts == MiningTexts(encoded=total - num_kept, reused=num_kept)
     assert open_mined(tmp_path, 5).texts == mined.texts
+
+
+@pytest.mark.parametrize("shortlist_size", [7, 200])
+def test_an_approximate_search_finds_negatives_only_and_says_how_many_it_missed(
+    model, corpus, tmp_path, shortlist_size
+):
+    query_ids = np.flatnonzero(np.arange(NUM_TRAIN) % 4 != 1)
+    settings = {"query_ids": query_ids, "shortlist_size": shortlist_size}
+    exact = mine_here(model, corpus, tmp_path / "exact", search="exact", **settings)
+    found = mine_here(model, corpus, tmp_path / "ivf", search="ivf", **settings)
+    assert exact.recall == 1.0
+    num_found = 0
+    for query_id in range(NUM_TRAIN):
+        best, row = exact.shortlists[query_id], found.shortlists[query_id]
+        best, row = best[best >= 0], row[row >= 0]
+        assert len(set(row)) == len(row)
+        num_found += len(np.intersect1d(best, row))
+        # What it finds are labels that the exact search may find, in the exact search's order.
+        barred = np.union1d(
+            corpus.positives["train"].row(query_id), corpus.filter_pairs["train"].row(query_id)
+        )
+        assert corpus.label_has_text[row].all()
+        assert not np.isin(row, barred).any()
+        common = best[np.isin(best, row)]
+        np.testing.assert_array_equal(row[np.isin(row, common)], common)
+    # So few vectors have as many lists as probes: nothing is missed but rounding of near ties.
+    assert found.recall == pytest.approx(num_found / (exact.shortlists >= 0).sum(), abs=1e-6)
+    assert found.recall > 0.99
+    assert [path.name for path in (tmp_path / "ivf").iterdir()] == ["epoch-0005"]
+    assert open_mined(tmp_path / "ivf", 5).recall == found.recall
+
+
+def test_auto_is_exact_up_to_a_number_of_operations():
+    auto = MiningConfig()
+    few, many = torch.empty(1000, 100), torch.empty(1000, 100, device="meta")
+    assert is_exact(auto, few, 10**8)
+    assert not is_exact(auto, few, 2 * 10**8)
+    assert is_exact(auto, many, 2 * 10**8)
+    assert not is_exact(auto, many, 10**11)
+    assert not is_exact(MiningConfig(search="ivf"), few, 10)
+    assert is_exact(MiningConfig(search="exact"), few, 10**12)
 
 
 def test_clusters_are_balanced_and_optional(model, corpus, tmp_path):

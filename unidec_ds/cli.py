@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--k", type=int, default=5, help="labels per text")
     predict.add_argument("--view", choices=["de", "classifier", "unified"])
     predict.add_argument(
+        "--weight-de",
+        default="0.5",
+        metavar="W|tuned",
+        help="weight of the dual encoder in the unified view, from 0 to 1; tuned: the one that "
+        "the run's validation queries chose (default: 0.5, equal)",
+    )
+    predict.add_argument(
         "--index",
         default="auto",
         metavar="auto|exact|ivf|hnsw|FILE",
@@ -193,6 +200,7 @@ def _predict(args: argparse.Namespace) -> None:
         view=args.view,
         index=parse_index(args.index),
         new_labels=args.new_labels,
+        weight_de=_weight_de(args.weight_de, args.run),
     )
     if args.input is None:
         converse(predictor, k=args.k)
@@ -211,6 +219,29 @@ def _report(args: argparse.Namespace) -> None:
     from unidec_ds.report.page import write_report
 
     print(write_report(args.run, args.out))
+
+
+def _weight_de(text: str, run: Path) -> float:
+    from unidec_ds.checkpoint import latest
+    from unidec_ds.run import read_unified_weight
+
+    if text == "tuned":
+        newest = latest(run)
+        tuned = read_unified_weight(run, newest) if newest else None
+        if tuned is None:
+            raise UserError(
+                f"--weight-de tuned: {run / 'evaluation.json'} names no weight for the newest "
+                "checkpoint; one is chosen at the end of training where the recipe keeps "
+                "validation queries (corpus.validation_fraction); give a number instead"
+            )
+        return tuned
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight <= 1:
+        raise UserError(f"--weight-de: found {text!r}; needs a number from 0 to 1, or tuned")
+    return weight
 
 
 def _score(args: argparse.Namespace) -> None:

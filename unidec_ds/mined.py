@@ -68,6 +68,8 @@ class Mined:
     """How long it took."""
     texts: MiningTexts
     """What was encoded for it."""
+    recall: float
+    """Share of the exact shortlists that was found, 0..1, on a sample; 1 for an exact search."""
 
     def figures(self) -> dict[str, float]:
         """Returns what the log says about it."""
@@ -76,6 +78,7 @@ class Mined:
             "total_s": self.seconds.total_s,
             "texts_encoded": self.texts.encoded,
             "texts_reused": self.texts.reused,
+            "recall": self.recall,
         }
 
 
@@ -95,6 +98,7 @@ def open_mined(folder: Path, epoch: int) -> Mined:
             clusters=clusters,
             seconds=MiningSeconds(**record["seconds"]),
             texts=MiningTexts(**record["texts"]),
+            recall=float(record["recall"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -123,6 +127,7 @@ def write_mined(
     clusters: NDArray[np.int32] | None,
     seconds: MiningSeconds,
     texts: MiningTexts,
+    recall: float,
 ) -> None:
     """Writes one mining's files; whole or not there. What `folder` holds of `epoch` is replaced."""
     place = _folder(folder, epoch)
@@ -137,6 +142,7 @@ def write_mined(
         "clusters": clusters is not None,
         "seconds": asdict(seconds),
         "texts": asdict(texts),
+        "recall": recall,
     }
     (partial / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
     partial.rename(place)

@@ -1,10 +1,11 @@
 """Shortlists of hard negatives, and clusters of similar queries, from the dual encoder as it is.
 
 Before certain epochs every label that has a text and every query to train on is embedded with the
-DE head, and each query's `shortlist_size` best labels are found by exact search. The true positives
-of the whole train set and the filter pairs are masked before the search keeps anything, so a
-shortlist is full of negatives. With clustered batches the same query vectors are cut into one
-cluster per batch (`clustering`). `data.pool` draws from both.
+DE head, and each query's `shortlist_size` best labels are found, by exact search or, above a size,
+with an approximate index (`mining_index`). The true positives of the whole train set and the filter
+pairs are masked before the search keeps anything, so a shortlist is full of negatives. With
+clustered batches the same query vectors are cut into one cluster per batch (`clustering`).
+`data.pool` draws from both.
 
 What is mined is a pure function of weights, corpus, query ids, settings, seed and epoch: texts,
 scores and merges are cut at places fixed by id, and ties go to the smaller label id, so the world
@@ -43,16 +44,18 @@ from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.embedding import BLOCK, embed, embed_all
 from unidec_ds.mined import Mined, MiningSeconds, MiningTexts, open_mined, write_mined
+from unidec_ds.mining_index import MiningIndex
 from unidec_ds.model import UniDEC
 from unidec_ds.search import LABEL_BLOCK, TopK, fixed_blocks, mask_pairs, query_block
 from unidec_ds.settings import Settings
 from unidec_ds.vector_cache import FreshVectors
 
+_EXACT_OPERATIONS = {"cpu": 2e13, "accelerator": 1e16}  # most that `search: auto` does exactly
 _MERGE_BLOCK = 65536  # queries whose keys are gathered on rank 0 at once: 20 MiB a rank at K = 40
 
 
 class MiningConfig(Settings):
-    """When hard negatives are mined and how many."""
+    """When hard negatives are mined, how, and how many."""
 
     shortlist_size: Annotated[int, Field(ge=1)] = 40
     """Labels kept per query, K. Each step draws `pool.num_hard_negatives` of them anew; a longer
@@ -67,6 +70,11 @@ class MiningConfig(Settings):
     epochs before) are used as they are, and only the other texts are encoded. Cheaper by most of
     the encoder pass; the vectors are of slightly older weights, and carry the encoder's own dropout
     where `encoder.dropout` is set. Keeps 2·width bytes per text on disk, see `vector_cache`."""
+    search: Literal["auto", "exact", "ivf"] = "auto"
+    """`exact` compares every query with every label. `ivf` searches a FAISS index that is built
+    for each mining and finds nearly the same (`mining/recall` says how nearly); its shortlists may
+    end early, see `mining_index`. `auto` is exact where that is 2·10^13 operations or fewer (a few
+    minutes on two CPU cores), on an accelerator 10^16."""
 
 
 def last_mined_epoch(config: MiningConfig, epoch: int) -> int | None:
@@ -126,15 +134,27 @@ def mine(
             _rows(pairs["train"], query_ids) for pairs in (corpus.positives, corpus.filter_pairs)
         ]
         search_s = clock.lap()
-        size = label_block(corpus.num_labels)
-        for number, (first, end) in enumerate(fixed_blocks(corpus.num_labels, size)):
-            if number % comm.world_size() == comm.rank():
-                labels_LD = _embed_labels(model, corpus, first, end, kept)
-                embed_s += clock.lap()
-                never = ~corpus.label_has_text[first:end]
-                _search(top, queries_ND, labels_LD, first, never, barred)
-                search_s += clock.lap()
-            bar.update(int(np.count_nonzero(corpus.label_has_text[first:end])))
+        index = None
+        if is_exact(config, queries_ND, corpus.num_labels):
+            size = label_block(corpus.num_labels)
+            for number, (first, end) in enumerate(fixed_blocks(corpus.num_labels, size)):
+                columns = np.flatnonzero(corpus.label_has_text[first:end])
+                if number % comm.world_size() == comm.rank():
+                    vectors_nD = _embed_labels(model, corpus, first + columns, kept)
+                    embed_s += clock.lap()
+                    _search(top, queries_ND, vectors_nD, first, end, columns, barred)
+                    search_s += clock.lap()
+                bar.update(len(columns))
+        else:
+
+            def embed_labels(label_ids: Ids) -> Tensor:
+                bar.update(len(label_ids) * comm.world_size())
+                return _embed_labels(model, corpus, label_ids, kept)
+
+            text_ids = np.flatnonzero(corpus.label_has_text)
+            index = MiningIndex(folder / "index", text_ids, model.width, embed_labels, BLOCK)
+            embed_s += clock.lap()
+            index.search(top, queries_ND, barred)
 
     shortlists = _merge(top, query_ids, len(queries))
     del top
@@ -146,9 +166,20 @@ def mine(
             clusters = balanced_clusters(queries_ND, num_clusters, key)
         seconds = MiningSeconds(embed_s, search_s, clock.lap())
         texts = _count_texts(corpus, query_ids, kept)
-        write_mined(folder, epoch, shortlists, clusters, seconds, texts)
+        recall = index.recall(queries_ND, shortlists[query_ids], barred) if index else 1.0
+        write_mined(folder, epoch, shortlists, clusters, seconds, texts, recall)
     comm.barrier()
+    if index is not None and comm.is_main():
+        index.remove()
     return open_mined(folder, epoch)
+
+
+def is_exact(config: MiningConfig, queries_ND: Tensor, num_labels: int) -> bool:
+    """Returns whether the queries are compared with every label."""
+    if config.search != "auto":
+        return config.search == "exact"
+    most = _EXACT_OPERATIONS["cpu" if queries_ND.device.type == "cpu" else "accelerator"]
+    return 2 * queries_ND.numel() * num_labels <= most
 
 
 def label_block(num_labels: int) -> int:
@@ -192,24 +223,22 @@ def _embed_queries(
 
 
 def _embed_labels(
-    model: UniDEC, corpus: Corpus, first: int, end: int, kept: FreshVectors | None
+    model: UniDEC, corpus: Corpus, label_ids: Ids, kept: FreshVectors | None
 ) -> Tensor:
-    """Returns the DE vectors of labels first..end-1, fp32; zero for those without a text."""
-    to_encode = corpus.label_has_text[first:end]
+    """Returns the DE vectors of labels that have a text, fp32 [n, D]."""
     device = next(model.parameters()).device
-    labels_LD = torch.zeros(end - first, model.width, device=device)
+    vectors_nD = torch.empty(len(label_ids), model.width, device=device)
+    places = np.arange(len(label_ids))
     if kept is not None:
-        is_kept = kept.is_fresh["labels"][first:end]
-        columns = np.flatnonzero(is_kept)
-        vectors = kept.read("labels", first + columns).to(device)
-        labels_LD[torch.from_numpy(columns).to(device)] = vectors
-        to_encode = to_encode & ~is_kept
-    columns = np.flatnonzero(to_encode)
-    for start, stop in fixed_blocks(len(columns), BLOCK):
-        block = columns[start:stop]
-        (vectors,) = embed(model, corpus.labels, first + block, ("de",), corpus.pad_token_id)
-        labels_LD[torch.from_numpy(block).to(device)] = vectors
-    return labels_LD
+        is_kept = kept.is_fresh["labels"][label_ids]
+        read_nD = kept.read("labels", label_ids[is_kept]).to(device)
+        vectors_nD[torch.from_numpy(np.flatnonzero(is_kept)).to(device)] = read_nD
+        places = np.flatnonzero(~is_kept)
+    for start, stop in fixed_blocks(len(places), BLOCK):
+        block = places[start:stop]
+        (made_nD,) = embed(model, corpus.labels, label_ids[block], ("de",), corpus.pad_token_id)
+        vectors_nD[torch.from_numpy(block).to(device)] = made_nD
+    return vectors_nD
 
 
 def _count_texts(corpus: Corpus, query_ids: Ids, kept: FreshVectors | None) -> MiningTexts:
@@ -224,9 +253,10 @@ def _count_texts(corpus: Corpus, query_ids: Ids, kept: FreshVectors | None) -> M
 def _search(
     top: TopK,
     queries_ND: Tensor,
-    labels_LD: Tensor,
+    vectors_nD: Tensor,
     first_label: int,
-    never: NDArray[np.bool_],
+    end_label: int,
+    columns: Ids,
     barred: Sequence[Pairs],
 ) -> None:
     """Feeds `top` every query's scores for one block of labels.
@@ -234,13 +264,19 @@ def _search(
     Args:
         top: of the N queries.
         queries_ND: all queries.
-        labels_LD: a block of labels.
-        first_label: label id of its first.
-        never: bool [L], labels of the block that no query may find.
+        vectors_nD: vectors of the block's labels that have a text.
+        first_label: label id of the block's first.
+        end_label: one more than the label id of its last.
+        columns: int64 [n], which labels of the block have a text; no query may find the others.
         barred: sets of pairs (query, label id) that may not be found.
     """
-    never_L = torch.from_numpy(never).to(labels_LD.device)
-    for first_query, end_query in fixed_blocks(len(queries_ND), query_block(labels_LD.device)):
+    device = vectors_nD.device
+    columns_n = torch.from_numpy(columns).to(device)
+    labels_LD = torch.zeros(end_label - first_label, vectors_nD.shape[1], device=device)
+    labels_LD[columns_n] = vectors_nD
+    never_L = torch.ones(len(labels_LD), dtype=torch.bool, device=device)
+    never_L[columns_n] = False
+    for first_query, end_query in fixed_blocks(len(queries_ND), query_block(device)):
         scores_BL = queries_ND[first_query:end_query] @ labels_LD.T
         scores_BL.masked_fill_(never_L, -torch.inf)
         for pairs in barred:

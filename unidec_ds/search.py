@@ -120,6 +120,17 @@ class TopK:
         if len(keys_C):
             self._keep(queries, _ragged_to_padded(keys_C, query_C, num_queries))
 
+    def update_found(self, scores_BC: Tensor, label_ids_BC: Tensor, *, first_query: int) -> None:
+        """Takes in labels that another search found, with their scores.
+
+        Args:
+            scores_BC: fp32 [B, C]; -inf is never kept.
+            label_ids_BC: int64 [B, C], no label twice in a row.
+            first_query: query that row 0 stands for.
+        """
+        keys_BC = _encode(scores_BC, label_ids_BC).masked_fill(scores_BC == -torch.inf, _EMPTY)
+        self.merge_keys(keys_BC, first_query)
+
     def merge_keys(self, keys_QC: Tensor, first_query: int = 0) -> None:
         """Takes in another search's `keys_QK` (any number of columns) over other labels.
 

@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from torch.nn.functional import normalize
 
-from unidec_ds import embedding, mining
+from unidec_ds import embedding, mining, mining_index
 from unidec_ds.data.corpus import open_corpus
 from unidec_ds.encoders import EncoderConfig, load_encoder
 from unidec_ds.mining import MiningConfig, mine
@@ -24,7 +24,8 @@ NUM_CLUSTERS = 7
 def mine_on_this_rank(folder: Path, output: Path):
     """Mines in small blocks, so that three ranks have work; returns shortlists and clusters.
 
-    First with every text encoded, then with the vectors of most texts kept.
+    First with every text encoded, then with the vectors of most texts kept, then the same with an
+    approximate search.
     """
     corpus = open_corpus(folder / "out")
     encoder = load_encoder(
@@ -39,14 +40,16 @@ def mine_on_this_rank(folder: Path, output: Path):
         patch.object(mining, "BLOCK", 8),
         patch.object(mining, "label_block", lambda num_labels: 13),
         patch.object(mining, "_MERGE_BLOCK", 20),
+        patch.object(mining_index, "_QUERY_BLOCK", 16),
     ):
         found = []
-        for kept in (None, kept_vectors(corpus, model.width, output / "vectors")):
+        some = kept_vectors(corpus, model.width, output / "vectors")
+        for kept, search in ((None, "exact"), (some, "exact"), (some, "ivf")):
             mined = mine(
                 model,
                 corpus,
                 corpus.train_query_ids(),
-                config=MiningConfig(shortlist_size=9),
+                config=MiningConfig(shortlist_size=9, search=search),
                 num_clusters=NUM_CLUSTERS,
                 folder=output,
                 epoch=2,
