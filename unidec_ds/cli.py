@@ -112,6 +112,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     report.set_defaults(run_command=_report)
 
+    export = commands.add_parser("export", help="write a run in a form that others use")
+    export.add_argument("run", type=Path, help="run directory")
+    export.add_argument("--out", type=Path, required=True, help="new folder")
+    export.add_argument(
+        "--format", required=True, choices=["sentence-transformers", "faiss", "vectors"]
+    )
+    export.add_argument("--view", choices=["de", "classifier", "unified"], help="default: the best")
+    export.add_argument(
+        "--index", choices=["auto", "exact", "ivf", "hnsw"], help="kind of the FAISS index"
+    )
+    export.add_argument("--dtype", choices=["fp32", "fp16"], help="of --format vectors")
+    export.add_argument("--license", metavar="ID", help="of the model, such as apache-2.0")
+    export.add_argument("--corpus", type=Path, help="where the corpus is now")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run_command=_export)
+
     score = commands.add_parser("score", help="score any system's predictions")
     score.add_argument("--truth", type=Path, required=True, help="XMC sparse text or .npz")
     score.add_argument("--predictions", type=Path, required=True, help="likewise, with scores")
@@ -242,6 +258,27 @@ def _weight_de(text: str, run: Path) -> float:
     if not 0 <= weight <= 1:
         raise UserError(f"--weight-de: found {text!r}; needs a number from 0 to 1, or tuned")
     return weight
+
+
+def _export(args: argparse.Namespace) -> None:
+    from unidec_ds.assembly import load_run
+    from unidec_ds.export import ExportConfig, export_run
+    from unidec_ds.index import IndexConfig
+
+    for option, wanted in (("index", "faiss"), ("dtype", "vectors")):
+        if getattr(args, option) and args.format != wanted:
+            raise UserError(f"--{option}: has no effect on --format {args.format}; leave it out")
+    config = ExportConfig(
+        format=args.format,
+        view=args.view,
+        index=IndexConfig(kind=args.index or "auto"),
+        dtype=args.dtype or "fp32",
+        license_id=args.license or None,
+    )
+    export_run(
+        load_run(args.run, _device(), args.corpus), args.out, config, overwrite=args.overwrite
+    )
+    print(f"{args.out}: {args.format}; how to use it is in {args.out / 'README.md'}")
 
 
 def _score(args: argparse.Namespace) -> None:

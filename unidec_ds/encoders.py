@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from unidec_ds.errors import UserError
 from unidec_ds.settings import Settings
@@ -116,6 +116,21 @@ def empty_encoder(name: str) -> nn.Module:
         encoder: nn.Module = AutoModel.from_config(config)
     _drop_unused_pooler(encoder)
     return encoder
+
+
+def load_unused_pooler(name: str) -> dict[str, Tensor]:
+    """Returns the weights of the [CLS] pooler that `load_encoder` leaves out; empty without one.
+
+    An encoder that is saved for others is saved with them: without, each later load reports them
+    as missing. One that the source lacks too is drawn from a fixed seed.
+    """
+    from transformers import AutoModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = _from_pretrained(AutoModel, name, dtype=torch.float32)
+    tensors: dict[str, Tensor] = encoder.state_dict()
+    return {key: tensor for key, tensor in tensors.items() if key.startswith("pooler.")}
 
 
 def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:

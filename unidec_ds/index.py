@@ -157,6 +157,11 @@ class ApproximateIndex:
             record: what the vectors are, which `open_index` checks, and anything else of note. The
                 settings that shaped the index are added.
         """
+        # For who reads the file with FAISS alone, which by itself reads one list of ivf.
+        if self.kind == "ivf":
+            self._index.nprobe = min(self._config.probes, int(self._index.nlist))
+        else:
+            self._index.hnsw.efSearch = self._config.search_depth
         beside = path.with_suffix(".new")
         _faiss().write_index(self._index, str(beside))
         stamp.put(beside, path, _whole_record(self.kind, self._config, record))
@@ -203,6 +208,22 @@ def build_index(
             index.add(block)
             bar.update(len(block))
     return ApproximateIndex(_on_gpu(index, kind), kind, config)
+
+
+def write_exact_index(vectors_LV: NDArray[np.float32], path: Path) -> None:
+    """Writes a FAISS index that compares with every vector: for others, this package needs none.
+
+    Args:
+        vectors_LV: fp32 [L, V], mapped or not, read block by block.
+        path: where, in a folder that exists.
+
+    Memory: L·V·4 bytes.
+    """
+    faiss = _faiss()
+    index = faiss.IndexFlatIP(vectors_LV.shape[1])
+    for start in range(0, len(vectors_LV), _ADD_BLOCK):
+        index.add(np.ascontiguousarray(vectors_LV[start : start + _ADD_BLOCK]))
+    faiss.write_index(index, str(path))
 
 
 def open_index(
