@@ -1,6 +1,8 @@
 """What a user gets wrong: exit code 2, a message that helps, and nothing left behind."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,24 @@ def test_resume_and_output(inputs, capsys):
     code, message = leave(inputs, capsys, resume=str(inputs / "none"), run="other")
     assert code == 2
     assert "there is no checkpoint" in message
+
+
+@pytest.mark.slow
+def test_a_table_that_does_not_fit_leaves_train_py_with_2_and_nothing_allocated(inputs):
+    """/proc is a folder on a file system without a free byte."""
+    offload = {"device": "nvme", "nvme_path": "/proc"}
+    (inputs / "ds_config.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    )
+    command = [sys.executable, "train.py", "--recipe", str(write_recipe_file(inputs))]
+    command += ["--ds_config", str(inputs / "ds_config.json"), "--output", str(inputs / "run")]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2, done.stderr
+    assert "does not fit into the disk of /proc: 60 labels x 16" in done.stderr
+    assert "(11,520 bytes) there, and 0.0 GiB (0 bytes) are free. Not one row fits" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_only_rank_0_prints(inputs, capsys, monkeypatch):

@@ -62,10 +62,10 @@ def model_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 def table_placement(ds_config: DsConfig) -> Placement:
     """Returns where the ds_config puts the classifier table."""
     offload = ds_config.offload
-    device = offload.get("device", "none")
+    device, nvme_path = offload.get("device", "none"), offload.get("nvme_path")
     return Placement(
         kind="device" if device == "none" else device,
-        nvme_path=offload.get("nvme_path") if device == "nvme" else None,
+        nvme_path=Path(nvme_path) if device == "nvme" and nvme_path else None,
         pin_memory=bool(offload.get("pin_memory", False)),
     )
 

@@ -339,20 +339,23 @@ def test_state_of_another_format_or_size_is_refused() -> None:
         make_table().load_state(make_table(num_labels=54).state())
 
 
-def test_nvme_rows_are_on_disk_after_a_flush_and_gone_with_the_table(tmp_path: Path) -> None:
+def mapped_files(folder: Path) -> list[str]:
+    """Returns the files under `folder` that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [line[line.index("/") :] for line in maps if f" {folder}/" in line]
+
+
+def test_nvme_files_have_no_name_and_go_with_the_table(tmp_path: Path) -> None:
     table = make_table(placement=Placement("nvme", tmp_path))
+    other_run = make_table(placement=Placement("nvme", tmp_path))
     take_step([table], 0)
-    table.flush()
-    (file,) = tmp_path.glob("*/rows.bin")
-    on_disk = np.fromfile(file, np.float32).reshape(L, D)
-    np.testing.assert_array_equal(on_disk, dense([table]).numpy())
-    assert sum(path.stat().st_size for path in file.parent.glob("*.bin")) == table.allocated_bytes
-    with pytest.raises(UserError, match="in use by another run"):
-        make_table(placement=Placement("nvme", tmp_path))
-    del table
+    assert len(mapped_files(tmp_path)) == 6
+    assert all(file.endswith("(deleted)") for file in mapped_files(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(dense([other_run]), dense([make_table()])), "each run has its own"
+    del table, other_run
     gc.collect()
-    assert not file.exists()
-    make_table(placement=Placement("nvme", tmp_path))
+    assert not mapped_files(tmp_path)
 
 
 def test_nvme_path_that_cannot_be_used(tmp_path: Path) -> None:
@@ -368,7 +371,8 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot hold the classifier table: \[Errno"):
+        needed = r"cannot hold the classifier table: \[Errno.*needs 4,320,000 bytes"
+        with pytest.raises(UserError, match=needed):
             make_table(placement=Placement("nvme", tmp_path), num_labels=30_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -381,7 +385,7 @@ def test_a_table_that_does_not_fit_is_refused_with_what_would(
 ) -> None:
     monkeypatch.setattr(capacity, "free_bytes", lambda placement, device: 7 * 2**30)
     with pytest.raises(UserError) as caught:
-        make_table(placement=Placement(kind, tmp_path), num_labels=1_300_000, width=768)
+        capacity.check_fits(1_300_000, 768, 1, "fp32", "global", Placement(kind, tmp_path), CPU)
     message = str(caught.value)
     assert "11,980,800,000 bytes" in message
     assert "7.0 GiB" in message
@@ -389,7 +393,6 @@ def test_a_table_that_does_not_fit_is_refused_with_what_would(
     assert "rowwise" in message
     assert "bf16_moments" not in message
     assert "a world size of 2 or more" in message
-    assert not list(tmp_path.iterdir())
 
 
 def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,5 +405,5 @@ def test_ranks_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_table_larger_than_any_machine_is_refused() -> None:
     with pytest.raises(UserError, match="does not fit into host memory"):
-        make_table(num_labels=10**12, width=768)
+        capacity.check_fits(10**12, 768, 1, "fp32", "global", Placement(), CPU)
     assert 2**20 < capacity.host_free_bytes() < 2**50

@@ -205,13 +205,15 @@ def test_mining_from_kept_vectors_reuses_what_steps_encoded(cached_mining):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_rows_fetched_ahead_train_bitwise_the_same_model(inputs, tmp_path, world_size):
-    """With mining, evaluation and checkpoints between the steps."""
+    """With mining, evaluation and checkpoints between the steps; the one table lies in files."""
     results = {}
-    for prefetch_rows in ("always", "never"):
+    for prefetch_rows, device in (("always", "nvme"), ("never", "cpu")):
+        offload = {"device": device, "nvme_path": str(tmp_path)}
         results[prefetch_rows] = run_job(
             inputs,
             tmp_path / prefetch_rows,
             world_size,
+            ds_config={"zero_optimization": {"stage": 2, "offload_optimizer": offload}},
             classifier={"format": "bf16", "prefetch_rows": prefetch_rows},
             mining={"start_epoch": 1, "every_epochs": 1},
             evaluation={"every_epochs": 1},

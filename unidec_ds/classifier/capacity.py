@@ -26,7 +26,8 @@ def check_fits(
 ) -> None:
     """Refuses a table that will not fit, with what would.
 
-    Ranks of one machine share its memory and its disk; each has an accelerator of its own.
+    Ranks of one machine share its memory and its disk; each has an accelerator of its own. Call it
+    on every rank before any of them allocates: what one has taken is no longer free to the others.
 
     Raises:
         UserError: bytes needed, bytes there, and the formats and world sizes that would fit.
@@ -55,7 +56,8 @@ def check_fits(
         f"the classifier table does not fit into {where}: {num_labels:,} labels x {width} in "
         f"format {row_format} ({label_bytes[row_format]:,} bytes a label) over {world_size} "
         f"rank{'s' if world_size > 1 else ''} need {_gib(needed)} ({needed:,} bytes) there, and "
-        f"{_gib(free)} ({free:,} bytes) are free. What would fit: {'; or '.join(advice)}."
+        f"{_gib(free)} ({free:,} bytes) are free. "
+        + (f"What would fit: {'; or '.join(advice)}." if advice else "Not one row fits: free some.")
     )
 
 

@@ -8,7 +8,9 @@ Each array is a column of the table, [rows of this rank, values per label], behi
   the address look-ups alone cost a quarter of its time), not inherited by forked workers.
 - nvme: one file a column under `nvme_path`, its disk space reserved at once (a full disk then
   fails here and not in the middle of training), mapped shared; the page cache does the tiering.
-  The files are working space: a checkpoint copies them, and they go when the table goes.
+  The files are working space and have no name: checkpoints copy the rows, nothing ever reads the
+  files again, so they are never synced, and their space is free once the process has ended, in
+  whatever way. `df` shows them, `ls` does not; runs may share an `nvme_path`.
 - device: tensors on the accelerator.
 
 Shape legend: n rows of one call, C values per label in a column.
@@ -16,14 +18,12 @@ Shape legend: n rows of one call, C values per label in a column.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
-import shutil
-import weakref
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,12 +51,10 @@ class Column:
 
     Args:
         tensor: [rows of this rank, C], contiguous, zero-filled.
-        buffer: the memory it lies in, where that is ours.
     """
 
-    def __init__(self, tensor: Tensor, buffer: mmap.mmap | None = None) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._buffer = buffer
         self._wide = _widest_view(tensor)
         self._packed = tensor[:0]
 
@@ -80,11 +78,6 @@ class Column:
         assert values.dtype == self.tensor.dtype
         self._wide.index_copy_(0, index, values.view(self._wide.dtype))
 
-    def flush(self) -> None:
-        """Writes dirty pages of a mapped file to disk; waits for it."""
-        if self._buffer is not None:
-            self._buffer.flush()
-
 
 def _widest_view(tensor: Tensor) -> Tensor:
     """Returns the rows as the widest elements that divide them.
@@ -104,8 +97,6 @@ def allocate(
     num_rows: int,
     *,
     device: torch.device,
-    rank: int,
-    world_size: int,
 ) -> dict[str, Column]:
     """Returns the zero-filled columns of this rank's shard.
 
@@ -122,28 +113,21 @@ def allocate(
             name: _in_buffer(_anonymous(num_rows * column.bytes_per_label), num_rows, column)
             for name, column in columns.items()
         }
-    folder = nvme_directory(placement) / f"unidec_ds_classifier_rank{rank}_of_{world_size}"
+    folder = nvme_directory(placement)
     try:
-        lock = _claim(folder)
-        try:
-            mapped = {
-                name: _in_buffer(
-                    _mapped_file(folder / f"{name}.bin", num_rows * column.bytes_per_label),
-                    num_rows,
-                    column,
-                )
-                for name, column in columns.items()
-            }
-        except OSError:
-            _remove(folder, lock)
-            raise
+        return {
+            name: _in_buffer(
+                _mapped_file(folder, num_rows * column.bytes_per_label), num_rows, column
+            )
+            for name, column in columns.items()
+        }
     except OSError as error:
+        num_bytes = num_rows * sum(column.bytes_per_label for column in columns.values())
         raise UserError(
             f"offload_optimizer.nvme_path: {folder} cannot hold the classifier table: {error}. "
-            "It must be a writable directory with the free space that `unidec-ds plan` predicts."
+            f"This rank needs {num_bytes:,} bytes there: name a writable directory with that much "
+            "free space, use a smaller classifier.format, or more ranks on other machines."
         ) from error
-    weakref.finalize(mapped["rows"], _remove, folder, lock)
-    return mapped
 
 
 def nvme_directory(placement: Placement) -> Path:
@@ -171,7 +155,7 @@ def _in_buffer(buffer: mmap.mmap, num_rows: int, column: ColumnType) -> Column:
     if not count:
         return Column(torch.zeros(num_rows, column.width, dtype=column.dtype))
     flat = torch.frombuffer(buffer, dtype=column.dtype, count=count)
-    return Column(flat.view(num_rows, column.width), buffer)
+    return Column(flat.view(num_rows, column.width))  # the tensor keeps the buffer alive
 
 
 def _anonymous(num_bytes: int) -> mmap.mmap:
@@ -185,36 +169,11 @@ def _anonymous(num_bytes: int) -> mmap.mmap:
     return buffer
 
 
-def _mapped_file(path: Path, num_bytes: int) -> mmap.mmap:
-    """Returns a new file of zeros, its disk space reserved, mapped for random access."""
-    with path.open("w+b") as file:
+def _mapped_file(folder: Path, num_bytes: int) -> mmap.mmap:
+    """Returns a nameless file of zeros, its disk space reserved, mapped for random access."""
+    with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, max(num_bytes, 1))
         buffer = mmap.mmap(file.fileno(), max(num_bytes, 1))
     buffer.madvise(mmap.MADV_DONTFORK)
     buffer.madvise(mmap.MADV_RANDOM)  # no read-ahead: neighbours of a touched row are not wanted
     return buffer
-
-
-def _claim(folder: Path) -> IO[str]:
-    """Makes the folder and returns its lock, held for as long as it is open.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    folder.mkdir(exist_ok=True)
-    lock = (folder / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(
-            f"offload_optimizer.nvme_path: {folder} is in use by another run. Give each run an "
-            "nvme_path of its own."
-        ) from error
-    return lock
-
-
-def _remove(folder: Path, lock: IO[str]) -> None:
-    """Deletes the folder of a table that is gone, and lets others have it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.close()

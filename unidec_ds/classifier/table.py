@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unidec_ds.classifier import partition
-from unidec_ds.classifier.capacity import check_fits
 from unidec_ds.classifier.row_adam import KernelName, RowAdam
 from unidec_ds.classifier.row_copy import RowCopier, TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
@@ -84,11 +83,10 @@ class ClassifierTable:
         betas: AdamW's.
         eps: AdamW's.
         weight_decay: AdamW's.
-        local_world_size: ranks that share this machine's memory and disk.
 
     Raises:
-        UserError: the shard does not fit (found before anything is allocated), or `nvme_path`
-            cannot be used.
+        UserError: `nvme_path` cannot be used. Whether the shard fits is for `capacity.check_fits`
+            to say, before any rank of the machine allocates its own.
     """
 
     def __init__(
@@ -105,7 +103,6 @@ class ClassifierTable:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        local_world_size: int = 1,
     ) -> None:
         self.num_labels, self.width = num_labels, width
         self.rank, self.world_size = rank, world_size
@@ -117,16 +114,6 @@ class ClassifierTable:
         self._format = config.format
         self._column_types = column_types(config.format, config.bias_correction, width)
         self.bytes_per_label = bytes_per_label(config.format, config.bias_correction, width)
-        check_fits(
-            num_labels,
-            width,
-            world_size,
-            config.format,
-            config.bias_correction,
-            placement,
-            device,
-            local_world_size,
-        )
         native = self._on_host and config.kernel == "cpu_adam"
         self._adam = RowAdam(
             betas=betas,
@@ -135,14 +122,7 @@ class ClassifierTable:
             kernel="cpu_adam" if native and config.format != "rowwise" else "torch",
         )
         self._copier: RowCopier = (native_copier() if native else None) or TorchCopier()
-        self._columns = allocate(
-            placement,
-            self._column_types,
-            self.num_rows,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-        )
+        self._columns = allocate(placement, self._column_types, self.num_rows, device=device)
         self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
         self._moments: dict[str, Tensor] = {}
         self._staging = Staging(self._columns, self._copier, device, self._pin_memory)
@@ -290,11 +270,6 @@ class ClassifierTable:
                 block = tensors[name][start : start + _COPY_ROWS].index_select(0, picked)
                 column.scatter(index, block.to(column.tensor.device))
         self.step = int(tensors["step"])
-
-    def flush(self) -> None:
-        """Writes mapped files to disk; nothing to do in the other placements."""
-        for column in self._columns.values():
-            column.flush()
 
     def _step_index(self, label_ids: Ids) -> Tensor:
         """Returns `_index` of a step's labels, which ascend."""
