@@ -166,7 +166,7 @@ def test_the_table_names_every_label(runs, tmp_path):
 @pytest.mark.parametrize(("kind", "approximate"), [("exact", False), ("ivf", True), ("hnsw", True)])
 def test_faiss_reads_what_was_written(runs, tmp_path, kind, approximate):
     run = runs["wider"]
-    settings = IndexConfig(kind=kind, lists=6, probes=5, search_depth=77)
+    settings = IndexConfig(kind=kind, storage="fp16", lists=6, probes=5, search_depth=77)
     folder = write(run, tmp_path / "out", "faiss", index=settings)
     index = faiss.read_index(str(folder / "index.faiss"))
     vectors = label_vectors(run, "unified").vectors_LV
@@ -207,7 +207,7 @@ def test_fp16_refuses_what_it_cannot_hold(tmp_path):
 @pytest.mark.parametrize("view", ["de", "unified"])
 def test_the_cards_code_searches_approximately(runs, tmp_path, monkeypatch, kind, view):
     run = runs["wider"]
-    everything = IndexConfig(kind=kind, lists=3, probes=3, search_depth=200)
+    everything = IndexConfig(kind=kind, storage="fp16", lists=3, probes=3, search_depth=200)
     folder = write(run, tmp_path / "out", "faiss", view=view, index=everything)
     found = readme_results(folder, monkeypatch)
     scores, _ = run_predictions(run, view, 5)
