@@ -1,0 +1,440 @@
+"""Runs the whole chain at the LF-AmazonTitles-1.3M shape and says what each stage takes.
+
+    python scripts/bench/scale.py [--quick] [--json FILE] [--results] [--scratch DIR]
+
+Stages, each in a process of its own, so that its peak memory is its own:
+
+- make: `scripts/make_synthetic.py`, then an untrained two-layer encoder over its words.
+- prepare: raw files to a prepared corpus.
+- load: batches (plan, tokens, chunks) alone; what stays in memory after many of them.
+- train: the real trainer (one rank, `ds_configs/cpu.json`) with the classifier table at its full
+  size: start-up, steps, a checkpoint, an evaluation. Once per `--format`.
+- nvme: the table in mapped files, larger than the memory that the process may have (a memory
+  cgroup, where this process may make one), against the same updates in host memory.
+
+`anon` is memory that only swap could take back (RssAnon); `peak` is the most resident memory,
+mapped files included (VmHWM). CPU seconds are those of all threads: the ones to compare on a shared
+machine. Scratch: some 40 GB at the full shape; removed at the end unless named with --scratch,
+where stages that are complete are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from make_synthetic import SHAPES, Sizes, Synthetic, write  # noqa: E402
+from make_tiny_encoder import make_encoder  # noqa: E402
+
+Figures = dict[str, float]
+FULL = SHAPES["1.3m"]
+QUICK = Sizes(20_000, 2_000, 30_000, 22.2)
+MAX_LENGTH = 32
+ENCODER_WIDTH = 64
+
+
+def memory_gib(field: str) -> float:
+    """Returns a field of this process's status: RssAnon now, or VmHWM, the peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 2**20
+    raise KeyError(field)
+
+
+class Clock:
+    """Wall and CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = perf_counter(), process_time()
+
+    def seconds(self, name: str) -> Figures:
+        """Returns both, as `name_s` and `name_cpu_s`."""
+        wall, cpu = self._start
+        return {f"{name}_s": perf_counter() - wall, f"{name}_cpu_s": process_time() - cpu}
+
+
+def make(scratch: Path, sizes: Sizes, seed: int) -> Figures:
+    """Writes the raw corpus and the encoder."""
+    clock = Clock()
+    write(Synthetic(sizes, 20_000, seed), scratch / "raw", filter_share=0.2)
+    figures = clock.seconds("make")
+    make_encoder(scratch / "raw", scratch / "encoder", width=ENCODER_WIDTH, num_words=20_000)
+    return figures | {"peak_gib": memory_gib("VmHWM"), "gib": folder_gib(scratch / "raw")}
+
+
+def prepare_corpus(scratch: Path) -> Figures:
+    """Prepares it."""
+    from unidec_ds.data.prepare import prepare
+
+    before_gib = memory_gib("VmHWM")
+    clock = Clock()
+    corpus = prepare(
+        scratch / "raw",
+        scratch / "corpus",
+        encoder=str(scratch / "encoder"),
+        max_length=MAX_LENGTH,
+    )
+    figures = clock.seconds("prepare")
+    num_texts = corpus.num_labels + sum(map(len, corpus.queries.values()))
+    return figures | {
+        "texts": num_texts,
+        "pairs": corpus.positives["train"].num_pairs,
+        "texts_per_s": num_texts / figures["prepare_s"],
+        "texts_per_cpu_s": num_texts / figures["prepare_cpu_s"],
+        "peak_gib": memory_gib("VmHWM"),
+        "peak_before_gib": before_gib,
+        "gib": folder_gib(scratch / "corpus"),
+    }
+
+
+def load(scratch: Path, batch_size: int, pool_size: int, num_batches: int) -> Figures:
+    """Makes batches and nothing else."""
+    from unidec_ds.batch import make_batch
+    from unidec_ds.data.corpus import open_corpus, split_validation
+    from unidec_ds.data.pool import Planner, PoolConfig
+
+    start_gib = memory_gib("RssAnon")
+    corpus = open_corpus(scratch / "corpus")
+    open_gib = memory_gib("RssAnon")
+    clock = Clock()
+    query_ids, _ = split_validation(corpus, 0.05, 0)
+    figures = clock.seconds("split")
+    planner = Planner(
+        query_ids=query_ids,
+        positives=corpus.positives["train"],
+        filter_pairs=corpus.filter_pairs["train"],
+        pool=PoolConfig(size=pool_size),
+        batch_size=batch_size,
+        seed=0,
+    )
+    plan_s, plan_cpu_s, batch_s = [], [], []
+    anon_gib = {}
+    for step in range(num_batches):
+        started, started_cpu = perf_counter(), process_time()
+        plan = planner.plan(step)
+        plan_s.append(perf_counter() - started)
+        plan_cpu_s.append(process_time() - started_cpu)
+        make_batch(plan, corpus, rank=0, world_size=1, encoder_chunk=1024, with_label_texts=True)
+        batch_s.append(perf_counter() - started)
+        anon_gib[step] = memory_gib("RssAnon")
+    return figures | {
+        "batches": num_batches,
+        "pool_size": len(plan.label_ids),
+        "plan_ms": 1e3 * median(plan_s),
+        "plan_cpu_ms": 1e3 * median(plan_cpu_s),
+        "batch_ms": 1e3 * median(batch_s),
+        "open_anon_gib": open_gib - start_gib,
+        "anon_after_a_tenth_gib": anon_gib[num_batches // 10] - start_gib,
+        "anon_at_the_end_gib": anon_gib[num_batches - 1] - start_gib,
+        "peak_gib": memory_gib("VmHWM"),
+    }
+
+
+def train(scratch: Path, row_format: str, settings: dict[str, int]) -> Figures:
+    """Trains, saves and evaluates with the real trainer."""
+    from unidec_ds import checkpoint
+    from unidec_ds.config import load_recipe
+    from unidec_ds.engine import start_engine
+    from unidec_ds.job import prepare_job
+    from unidec_ds.run import write_run
+    from unidec_ds.trainer import Trainer
+
+    run = scratch / f"run_{row_format}"
+    shutil.rmtree(run, ignore_errors=True)
+    recipe_file = scratch / f"recipe_{row_format}.json"
+    recipe_file.write_text(json.dumps(recipe(scratch, row_format, settings)))
+    before = {"anon": memory_gib("RssAnon"), "peak": memory_gib("VmHWM")}
+    job = prepare_job(load_recipe(str(recipe_file)), ROOT / "ds_configs/cpu.json", run, None)
+    engine = start_engine(job.ds_config, job.recipe.train.batch_size)
+    write_run(job.run, job.recipe, job.ds_config)
+
+    clock = Clock()
+    trainer = Trainer(job.recipe, job.ds_config, job.corpus, engine, job.run)
+    figures = clock.seconds("start_up")
+    figures["table_gib"] = trainer.table.num_rows * trainer.table.bytes_per_label / 2**30
+    figures["start_up_anon_gib"] = memory_gib("RssAnon") - before["anon"]
+    figures["start_up_peak_gib"] = memory_gib("VmHWM")
+
+    clock = Clock()
+    trainer.fit()
+    figures |= clock.seconds("fit")
+    figures["steps"] = trainer.step
+    figures |= step_figures(run)
+    figures["fit_anon_gib"] = memory_gib("RssAnon") - before["anon"]
+
+    clock = Clock()  # once more: in `fit` it is one of several things
+    saved = checkpoint.save(
+        run, trainer.step, engine.state(), trainer.table, keep=1,
+        details={"corpus_fingerprint": job.corpus.fingerprint, "total_steps": trainer.total_steps},
+    )  # fmt: skip
+    figures |= clock.seconds("checkpoint")
+    figures["checkpoint_gib"] = folder_gib(saved)
+    figures["checkpoint_anon_gib"] = memory_gib("RssAnon") - before["anon"]
+
+    clock = Clock()
+    trainer.evaluate("test")
+    figures |= clock.seconds("evaluate")
+    figures["evaluated_labels_per_s"] = job.corpus.num_labels / figures["evaluate_s"]
+    figures["host_anon_gib"] = memory_gib("RssAnon")
+    figures["peak_gib"] = memory_gib("VmHWM")
+    trainer.monitor.close()
+    engine.close()
+    shutil.rmtree(run)
+    return figures
+
+
+def recipe(scratch: Path, row_format: str, settings: dict[str, int]) -> dict[str, Any]:
+    """Returns the recipe: the method's, with a tiny encoder, random batches and no mining."""
+    return {
+        "corpus": {"path": str(scratch / "corpus")},
+        "encoder": {"name": str(scratch / "encoder"), "max_length": MAX_LENGTH},
+        "model": {"width": settings["width"]},
+        "pool": {"size": settings["pool_size"]},
+        "mining": {"every_epochs": 0},
+        "classifier": {"format": row_format},
+        "evaluation": {
+            "propensity": [0.6, 2.6],
+            "every_epochs": 0,
+            "max_queries": settings["eval_queries"],
+        },
+        "checkpoint": {"keep": 1},
+        "train": {
+            "batch_size": settings["batch_size"],
+            "epochs": 1,
+            "max_steps": settings["steps"],
+            "encoder_chunk": 1024,
+        },
+    }
+
+
+def step_figures(run: Path) -> Figures:
+    """Returns what the run's own log says about its steps, the first left out."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    steps = [record for line in lines if "loss" in (record := json.loads(line))][1:]
+    figures = {"step_ms": 1e3 * median(record["step_s"] for record in steps)}
+    for part in steps[0]["time_s"]:
+        figures[f"{part}_ms"] = 1e3 * median(record["time_s"][part] for record in steps)
+    tenth = steps[len(steps) // 10]
+    return figures | {
+        "pool_size": median(record["pool_size"] for record in steps),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "resident_growth_gib": steps[-1]["host_memory_gib"] - tenth["host_memory_gib"],
+    }
+
+
+def nvme(scratch: Path, num_labels: int, width: int, num_steps: int, limit_bytes: int) -> Figures:
+    """Updates a table in mapped files under a memory limit, and one in host memory without."""
+    import torch
+
+    from unidec_ds.classifier.storage import Placement
+    from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
+
+    def new_table(placement: Placement) -> ClassifierTable:
+        return ClassifierTable(
+            num_labels=num_labels, width=width, rank=0, world_size=1,
+            config=ClassifierConfig(format="fp32"), placement=placement,
+            device=torch.device("cpu"), seed=0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+        )  # fmt: skip
+
+    def take_steps(table: ClassifierTable) -> list[float]:
+        rng = np.random.default_rng(0)
+        seconds = []
+        for _ in range(num_steps):
+            label_ids = np.sort(rng.choice(num_labels, 4096, replace=False))
+            gradient = torch.from_numpy(rng.standard_normal((4096, width), np.float32))
+            started = perf_counter()
+            rows = table.fetch(label_ids)
+            rows.grad = gradient
+            table.apply(rows, lr=1e-3)
+            seconds.append(perf_counter() - started)
+        return seconds
+
+    in_memory = new_table(Placement("cpu"))
+    memory_s = take_steps(in_memory)
+    sample = np.arange(0, num_labels, 97)
+    expected = in_memory.read(sample)
+    del in_memory
+    (scratch / "nvme").mkdir(exist_ok=True)
+    with Cgroup(limit_bytes) as cgroup:
+        table = new_table(Placement("nvme", scratch / "nvme"))
+        files_s = take_steps(table)
+        difference = float((table.read(sample) - expected).abs().max())
+        figures = {
+            "table_gib": num_labels * table.bytes_per_label / 2**30,
+            "limit_gib": cgroup.limit_gib,
+            "most_charged_gib": cgroup.most_charged_gib(),
+            "files_step_ms": 1e3 * median(files_s),
+            "memory_step_ms": 1e3 * median(memory_s),
+            "difference": difference,
+        }
+        del table
+    return figures
+
+
+class Cgroup:
+    """Limits this process's new memory, page cache included, while it is entered.
+
+    Needs a version 1 or 2 memory controller and the right to make a group; without them there is
+    no limit, and `limit_gib` is infinite.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        old = Path("/sys/fs/cgroup/memory")
+        self._root = old if old.is_dir() else Path("/sys/fs/cgroup")
+        self._names = (
+            ("memory.limit_in_bytes", "memory.max_usage_in_bytes")
+            if old.is_dir()
+            else ("memory.max", "memory.peak")
+        )
+        self._group = self._root / f"unidec_ds_scale_{os.getpid()}"
+        self._home = self._root / "cgroup.procs"
+        self.limit_gib = float("inf")
+
+    def __enter__(self) -> Cgroup:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        for _, controllers, path in (line.split(":", 2) for line in lines):
+            if "memory" in controllers.split(",") or (not controllers and "memory" not in str(
+                self._root.name
+            )):  # fmt: skip
+                self._home = self._root / path.lstrip("/") / "cgroup.procs"
+        try:
+            self._group.mkdir()
+            (self._group / self._names[0]).write_text(str(self._limit_bytes))
+            (self._group / "cgroup.procs").write_text(str(os.getpid()))
+            self.limit_gib = self._limit_bytes / 2**30
+        except OSError as error:
+            print(f"no memory limit could be set ({error})", file=sys.stderr)
+        return self
+
+    def most_charged_gib(self) -> float:
+        """Returns the most memory that the group has held."""
+        if self.limit_gib == float("inf"):
+            return float("nan")
+        return int((self._group / self._names[1]).read_text()) / 2**30
+
+    def __exit__(self, *_: object) -> None:
+        if self.limit_gib < float("inf"):
+            self._home.write_text(str(os.getpid()))
+        if self._group.is_dir():
+            self._group.rmdir()
+
+
+def folder_gib(folder: Path) -> float:
+    """Returns the size of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**30
+
+
+def apart(stage: Callable[..., Figures], *args: Any) -> Figures:
+    """Returns what a stage returns that runs in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(stage, *args).result()
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """Returns the result file."""
+    lines = [
+        "# The whole chain at the shape of LF-AmazonTitles-1.3M",
+        "",
+        f"`{result['command']}`",
+        "",
+        "Made-up corpus (`scripts/make_synthetic.py`), an untrained two-layer encoder of width "
+        f"{ENCODER_WIDTH}: this measures everything but the encoder. What each stage is and what "
+        "`anon` and `peak` mean: `scripts/bench/scale.py`.",
+        "",
+        *(f"- {name}: {value}" for name, value in result["about"].items()),
+    ]
+    for stage, figures in result["stages"].items():
+        lines += ["", f"## {stage}", "", "| | |", "|---|--:|"]
+        lines += [f"| {name.replace('_', ' ')} | {value:,.4g} |" if abs(value) < 1000 else
+                  f"| {name.replace('_', ' ')} | {value:,.0f} |"
+                  for name, value in figures.items()]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the stages and writes what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="30,000 labels, a few steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--results", action="store_true", help="write scripts/bench/results")
+    parser.add_argument("--scratch", type=Path, help="keep the files here, and use what is there")
+    parser.add_argument("--test-queries", type=int, default=20_000, help="default: 20,000")
+    parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    parser.add_argument("--width", type=int, default=768, help="of the rows (default: 768)")
+    parser.add_argument("--format", action="append", help="of the rows (default: fp32, rowwise)")
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else FULL._replace(test_queries=args.test_queries)
+    settings = {
+        "batch_size": 256 if args.quick else 1024,
+        "pool_size": 2_048 if args.quick else 8_192,
+        "width": 128 if args.quick else args.width,
+        "steps": 12 if args.quick else args.steps,
+        "eval_queries": 100 if args.quick else 1_000,
+    }
+    scratch = args.scratch or Path(tempfile.mkdtemp(prefix="scale_"))
+    scratch.mkdir(parents=True, exist_ok=True)
+    stages: dict[str, Figures] = {}
+
+    def run(name: str, stage: Callable[..., Figures], *stage_args: Any) -> None:
+        done = scratch / f"{name.replace(' ', '_')}.figures.json"
+        if not done.is_file():
+            done.write_text(json.dumps(apart(stage, *stage_args)))
+        stages[name] = json.loads(done.read_text())
+        print(name, {key: float(f"{value:.4g}") for key, value in stages[name].items()}, flush=True)
+
+    try:
+        run("make", make, scratch, sizes, 0)
+        run("prepare", prepare_corpus, scratch)
+        for batch_size, pool_size in ((1_024, 9_000), (16_384, 135_000)):
+            num_batches = 40 if args.quick else max(20, 300 * 1_024 // batch_size)
+            run(f"load B={batch_size}", load, scratch, batch_size, pool_size, num_batches)
+        for row_format in args.format or ("fp32", "rowwise"):
+            run(f"train {row_format}", train, scratch, row_format, settings)
+        num_labels, limit_bytes = (20_000, 100 << 20) if args.quick else (131_073, 600 << 20)
+        run("nvme", nvme, scratch, num_labels, 768, 20 if args.quick else 100, limit_bytes)
+    finally:
+        if args.scratch is None:
+            shutil.rmtree(scratch)
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")
+    result = {
+        "benchmark": "scale",
+        "command": "python scripts/bench/scale.py " + " ".join(sys.argv[1:]),
+        "about": {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+            "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+            "sizes": str(sizes),
+            "settings": str(settings),
+        },
+        "stages": stages,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.results:
+        folder = Path(__file__).parent / "results"
+        folder.mkdir(exist_ok=True)
+        (folder / "scale.md").write_text(as_markdown(result))
+
+
+if __name__ == "__main__":
+    main()
