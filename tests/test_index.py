@@ -67,7 +67,8 @@ def test_recall_of_exact_search(vectors, queries, kind, storage):
 
 
 def test_reading_every_list_is_exact(vectors, queries):
-    index = build_index(vectors, "ivf", IndexConfig(probes=10**6), show_progress=False)
+    config = IndexConfig(probes=10**6, storage="fp16")
+    index = build_index(vectors, "ivf", config, show_progress=False)
     expected = exact_search(queries, torch.from_numpy(vectors), 10)
     found = index.search(queries, 10, vectors)
     assert torch.equal(found[1], expected[1])
@@ -125,7 +126,8 @@ from unidec_ds.index import IndexConfig, open_index
 def anonymous_kib():
     return int(re.search(r"Anonymous:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
 before = anonymous_kib()
-index = open_index(Path(sys.argv[1]), sys.argv[2], IndexConfig(), {"view": "de"})
+config = IndexConfig(build_depth=8, storage="fp16")
+index = open_index(Path(sys.argv[1]), sys.argv[2], config, {"view": "de"})
 print(len(index), anonymous_kib() - before)
 """
 
@@ -133,11 +135,11 @@ print(len(index), anonymous_kib() - before)
 @pytest.mark.parametrize("kind", KINDS)
 def test_opening_maps_and_does_not_read(kind, tmp_path):
     vectors = clustered(6000, width=256).numpy()
-    config = IndexConfig(build_depth=8)
+    config = IndexConfig(build_depth=8, storage="fp16")
     path = tmp_path / "labels.faiss"
     build_index(vectors, kind, config, show_progress=False).save(path, {"view": "de"})
     done = subprocess.run(
-        [sys.executable, "-c", OPEN.replace("IndexConfig()", "IndexConfig(build_depth=8)"),
+        [sys.executable, "-c", OPEN,
          str(path), kind],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -151,7 +153,7 @@ def test_opening_maps_and_does_not_read(kind, tmp_path):
     ("change", "needed"),
     [
         ({"record": {**RECORD, "view": "unified"}}, "view is de, needed unified"),
-        ({"config": IndexConfig(storage="int8")}, "storage is fp16, needed int8"),
+        ({"config": IndexConfig(storage="fp16")}, "storage is int8, needed fp16"),
         ({"kind": "other"}, "kind is"),
         ({"name": "none.faiss"}, "there is no file"),
     ],

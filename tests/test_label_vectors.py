@@ -164,6 +164,13 @@ def test_two_at_once_make_them_once(run, monkeypatch):
     np.testing.assert_array_equal(found[0].vectors_LV, found[1].vectors_LV)
 
 
+def test_a_run_that_cannot_be_written_to_is_named(inputs):
+    run = load_run(save_run(inputs, "full"), CPU)
+    (run.folder / "index").write_text("in the way")
+    with pytest.raises(UserError, match=r"vectors-de\.npy cannot be written \(File exists\)"):
+        label_vectors(run, "de", show_progress=False)
+
+
 def test_a_view_the_run_did_not_train_is_named(inputs):
     run = load_run(save_run(inputs, "de-only", objective={"classifier": "none"}), CPU)
     assert module.choose_view(run, None) == "de"

@@ -179,10 +179,12 @@ def _predict(args: argparse.Namespace) -> None:
             raise UserError(f"{option}: found {value}; needs at least 1")
 
     from unidec_ds.console import answer_lines, check_files, converse
+
+    check_files(args.input, args.output, args.overwrite)
+
     from unidec_ds.label_search import parse_index
     from unidec_ds.predict import load
 
-    check_files(args.input, args.output, args.overwrite)
     predictor = load(
         args.run,
         device=args.device,

@@ -11,13 +11,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
 from unidec_ds.data.files import count_records, read_lines
 from unidec_ds.errors import UserError
-from unidec_ds.predict import Label, Predictor
+
+if TYPE_CHECKING:  # torch is not needed to refuse a file
+    from unidec_ds.predict import Label, Predictor
 
 STANDARD_INPUT = "-"
 

@@ -12,6 +12,7 @@ Shape legend: Q queries, L labels, V width of the view's vectors, K labels kept.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import cast, get_args
@@ -157,16 +158,21 @@ def _run_index(
 ) -> ApproximateIndex:
     """Returns the run's own index, built now unless the right one is there."""
     path = run.folder / "index" / f"{kind}-{view}.faiss"
-    with stamp.locked(path):
-        try:
-            return open_index(path, kind, config, vectors.record)
-        except UserError as error:
-            if path.exists():
-                logger.warning("building it again: %s", error)
-        built = build_index(vectors.vectors_LV, kind, config, show_progress=show_progress)
-        search = LabelSearch(vectors, built, hidden_L, torch.device("cpu"))
-        built.save(path, {**vectors.record, f"recall@{RECALL_K}": _recall(run, search, view)})
+    try:
         return open_index(path, kind, config, vectors.record)
+    except UserError as error:
+        if path.exists():
+            logger.warning("building it again: %s", error)
+    try:
+        with stamp.locked(path):
+            with contextlib.suppress(UserError):  # another process built it meanwhile
+                return open_index(path, kind, config, vectors.record)
+            built = build_index(vectors.vectors_LV, kind, config, show_progress=show_progress)
+            search = LabelSearch(vectors, built, hidden_L, torch.device("cpu"))
+            built.save(path, {**vectors.record, f"recall@{RECALL_K}": _recall(run, search, view)})
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); make room there") from error
+    return open_index(path, kind, config, vectors.record)
 
 
 def _recall(run: LoadedRun, search: LabelSearch, view: SearchView) -> float:
