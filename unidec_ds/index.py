@@ -207,7 +207,7 @@ def build_index(
             block = np.ascontiguousarray(vectors_LV[start : start + _ADD_BLOCK])
             index.add(block)
             bar.update(len(block))
-    return ApproximateIndex(_on_gpu(index, kind), kind, config)
+    return ApproximateIndex(index, kind, config)  # in host memory: FAISS writes no other to a file
 
 
 def write_exact_index(vectors_LV: NDArray[np.float32], path: Path) -> None:
