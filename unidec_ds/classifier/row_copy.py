@@ -187,6 +187,9 @@ _FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
 _SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
@@ -227,9 +230,32 @@ static long row_bytes(const struct move *move) {
   return move->width * (move->rounding == NONE ? 4 : 2);
 }
 
-/* The first lines of a row; the processor's own prefetcher then follows the stream. */
+/* Copies a row out of the table and asks for the next one, line by line: rows lie at random, and
+   the processor's own prefetcher only finds the stream once it is half over. */
+static void copy_in(float *packed, const char *row, const char *next, long bytes) {
+  long b = 0;
+  for (; b + 64 <= bytes; b += 64) {
+    __builtin_prefetch(next + b);
+    memcpy((char *)packed + b, row + b, 64);
+  }
+  memcpy((char *)packed + b, row + b, bytes - b);
+}
+
+/* Copies a row into the table past the caches: its old lines are not read, and nobody wants the new
+   ones before a later step. */
+static void copy_out(char *row, const float *packed, long bytes) {
+#ifdef __SSE2__
+  if (((uintptr_t)row | bytes) % 16 == 0) {
+    for (long b = 0; b < bytes; b += 16)
+      _mm_stream_ps((float *)(row + b), _mm_loadu_ps(packed + b / 4));
+    return;
+  }
+#endif
+  memcpy(row, packed, bytes);
+}
+
 static void prefetch(const char *row, long bytes) {
-  for (long b = 0; b < bytes && b < 512; b += 64) __builtin_prefetch(row + b, 1);
+  for (long b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 1);
 }
 
 void gather(const struct move *moves, long num_moves, const int64_t *index, long num_rows) {
@@ -239,9 +265,12 @@ void gather(const struct move *moves, long num_moves, const int64_t *index, long
       long bytes = row_bytes(m);
       const char *row = m->column + index[r] * bytes;
       float *packed = m->packed + r * m->width;
-      if (r + 1 < num_rows) prefetch(m->column + index[r + 1] * bytes, bytes);
-      if (m->rounding == NONE) memcpy(packed, row, bytes);
-      else unpack((const uint16_t *)row, (uint32_t *)packed, m->width);
+      const char *next = m->column + index[r + 1 < num_rows ? r + 1 : r] * bytes;
+      if (m->rounding == NONE) copy_in(packed, row, next, bytes);
+      else {
+        prefetch(next, bytes);
+        unpack((const uint16_t *)row, (uint32_t *)packed, m->width);
+      }
     }
   }
 }
@@ -253,10 +282,13 @@ void scatter(const struct move *moves, long num_moves, const int64_t *index, lon
     for (const struct move *m = moves; m < moves + num_moves; m++) {
       long bytes = row_bytes(m);
       char *row = m->column + index[r] * bytes;
-      if (r + 1 < num_rows) prefetch(m->column + index[r + 1] * bytes, bytes);
       uint32_t *packed = (uint32_t *)(m->packed + r * m->width);
-      if (m->rounding == NONE) memcpy(row, packed, bytes);
-      else if (m->rounding == NEAREST) pack_nearest(packed, (uint16_t *)row, m->width);
+      if (m->rounding == NONE) {
+        copy_out(row, m->packed + r * m->width, bytes);
+        continue;
+      }
+      if (r + 1 < num_rows) prefetch(m->column + index[r + 1] * bytes, bytes);
+      if (m->rounding == NEAREST) pack_nearest(packed, (uint16_t *)row, m->width);
       else pack_stochastic(packed, (uint16_t *)row, m->width, row_keys[r], column_keys,
                            m->rounding == STOCHASTIC_FIRST ? 16 : 0);
     }
