@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unidec_ds.predict import Label, Predictor, load
+    from unidec_ds.serving.predict import Label, Predictor, load
 
 __version__ = "0.1.0"
 __all__ = ["Label", "Predictor", "load"]
@@ -21,7 +21,7 @@ __all__ = ["Label", "Predictor", "load"]
 def __getattr__(name: str) -> Any:
     # Importing the package must stay cheap: torch comes with the first use of these.
     if name in __all__:
-        from unidec_ds import predict
+        from unidec_ds.serving import predict
 
         return getattr(predict, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

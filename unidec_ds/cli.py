@@ -202,12 +202,12 @@ def _predict(args: argparse.Namespace) -> None:
         if value < 1:
             raise UserError(f"{option}: found {value}; needs at least 1")
 
-    from unidec_ds.console import answer_lines, check_files, converse
+    from unidec_ds.serving.console import answer_lines, check_files, converse
 
     check_files(args.input, args.output, args.overwrite)
 
-    from unidec_ds.label_search import parse_index
-    from unidec_ds.predict import load
+    from unidec_ds.serving.label_search import parse_index
+    from unidec_ds.serving.predict import load
 
     predictor = load(
         args.run,
@@ -262,7 +262,7 @@ def _weight_de(text: str, run: Path) -> float:
 
 def _export(args: argparse.Namespace) -> None:
     from unidec_ds.assembly import load_run
-    from unidec_ds.export import ExportConfig, export_run
+    from unidec_ds.export.formats import ExportConfig, export_run
     from unidec_ds.index import IndexConfig
 
     for option, wanted in (("index", "faiss"), ("dtype", "vectors")):

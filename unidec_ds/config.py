@@ -26,7 +26,7 @@ from unidec_ds.encoders import EncoderConfig
 from unidec_ds.errors import ConfigError, UserError
 from unidec_ds.evaluation import EvaluationConfig
 from unidec_ds.losses import ObjectiveConfig
-from unidec_ds.mining import MiningConfig
+from unidec_ds.mining.mine import MiningConfig
 from unidec_ds.model import ModelConfig
 from unidec_ds.optim import OptimizerConfig
 from unidec_ds.settings import Settings

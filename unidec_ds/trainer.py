@@ -44,7 +44,7 @@ from unidec_ds.ds_config import DsConfig
 from unidec_ds.engine import Engine
 from unidec_ds.evaluation import Evaluation
 from unidec_ds.losses import HeadLoss, head_loss
-from unidec_ds.miner import Miner
+from unidec_ds.mining.miner import Miner
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unidec_ds.clustering import balanced_clusters
+from unidec_ds.mining.clustering import balanced_clusters
 
 FULL = ((9_315, 256), (85_587, 1024), (2_248_619, 1024))
 QUICK = FULL[:2]

@@ -34,10 +34,10 @@ from unidec_ds.checkpoint import read_manifest
 from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.pool import Planner, StepPlan
 from unidec_ds.embedding import embed_all
-from unidec_ds.mined import Mined
-from unidec_ds.mining import mine
+from unidec_ds.mining.mine import mine
+from unidec_ds.mining.mined import Mined
+from unidec_ds.mining.vector_cache import FreshVectors, open_fresh
 from unidec_ds.search import fixed_blocks, mask_pairs
-from unidec_ds.vector_cache import FreshVectors, open_fresh
 
 HARDEST = 10
 BLOCK = 256  # queries compared with all labels at once

@@ -16,8 +16,8 @@ have one; all labels compete. Ways to score a new label in the classifier's plac
 - as it is: cos(g2(query), g2(text)), uncalibrated.
 - shift, positives: plus an offset; the mean of the train positives' scores agrees.
 - moments, positives: mean and spread of the train positives' scores agree.
-- moments, best others: the package's own (`unidec_ds.new_labels`): mean and spread of the best 100
-  non-positive scores of train queries agree.
+- moments, best others: the package's own (`unidec_ds.serving.new_labels`): mean and spread of the
+  best 100 non-positive scores of train queries agree.
 - moments, oracle: the same, but of the held-out labels themselves and the test queries.
 - de again: cos_DE a second time, calibrated as the package does.
 
@@ -50,8 +50,8 @@ from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.prepare import embedded_corpora, prepare
 from unidec_ds.embedding import embed_all
 from unidec_ds.metrics import inverse_propensity, score_predictions
-from unidec_ds.new_labels import calibration
 from unidec_ds.search import TopK
+from unidec_ds.serving.new_labels import calibration
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "new_labels.md"

@@ -11,12 +11,14 @@ import torch
 from ranks import run_ranks
 from torch.nn.functional import normalize
 
-from unidec_ds import embedding, mining, mining_index
+from unidec_ds import embedding
 from unidec_ds.data.corpus import open_corpus
 from unidec_ds.encoders import EncoderConfig, load_encoder
-from unidec_ds.mining import MiningConfig, mine
+from unidec_ds.mining import approximate as mining_index
+from unidec_ds.mining import mine as mining
+from unidec_ds.mining.mine import MiningConfig, mine
+from unidec_ds.mining.vector_cache import VectorCache
 from unidec_ds.model import ModelConfig, UniDEC
-from unidec_ds.vector_cache import VectorCache
 
 NUM_CLUSTERS = 7
 

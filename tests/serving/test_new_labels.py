@@ -11,15 +11,15 @@ from tiny import make_inputs
 from torch.nn.functional import normalize
 
 import unidec_ds
-from unidec_ds import new_labels as module
 from unidec_ds.assembly import load_run
 from unidec_ds.cli import exit_with_message
 from unidec_ds.data.label_digests import write_label_digests
 from unidec_ds.embedding import embed
 from unidec_ds.errors import CorpusError
 from unidec_ds.index import IndexConfig
-from unidec_ds.label_vectors import label_vectors
-from unidec_ds.new_labels import calibration, fit_calibration, open_new_labels
+from unidec_ds.serving import new_labels as module
+from unidec_ds.serving.label_vectors import label_vectors
+from unidec_ds.serving.new_labels import calibration, fit_calibration, open_new_labels
 
 CPU = torch.device("cpu")
 NEW = {"n1": "red boat", "n2": "the old paper house", "n3": "new car"}

@@ -12,15 +12,23 @@ from hypothesis import strategies as st
 from tiny import make_encoder, make_raw_corpus
 from torch.nn.functional import normalize
 
-from unidec_ds import embedding, mining
+from unidec_ds import embedding
 from unidec_ds.data.prepare import prepare
 from unidec_ds.embedding import embed_all
 from unidec_ds.encoders import EncoderConfig, load_encoder
 from unidec_ds.errors import CheckpointError
-from unidec_ds.mined import MiningTexts, open_mined, remove_mined
-from unidec_ds.mining import MiningConfig, is_exact, label_block, last_mined_epoch, mine, mines_at
+from unidec_ds.mining import mine as mining
+from unidec_ds.mining.mine import (
+    MiningConfig,
+    is_exact,
+    label_block,
+    last_mined_epoch,
+    mine,
+    mines_at,
+)
+from unidec_ds.mining.mined import MiningTexts, open_mined, remove_mined
+from unidec_ds.mining.vector_cache import VectorCache
 from unidec_ds.model import ModelConfig, UniDEC
-from unidec_ds.vector_cache import VectorCache
 
 NUM_TRAIN, NUM_LABELS = 90, 60
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidec_ds import clustering
-from unidec_ds.clustering import balanced_clusters
 from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.pool import Planner, PoolConfig
+from unidec_ds.mining import clustering
+from unidec_ds.mining.clustering import balanced_clusters
 
 
 def unit_vectors(count: int, width: int = 16, seed: int = 0, num_topics: int = 0) -> torch.Tensor:

@@ -142,6 +142,8 @@ class VectorCache:
     def fresh(self, step: int, max_age_steps: int) -> FreshVectors:
         """Returns the vectors made in the `max_age_steps` steps before `step`, for reading.
 
+        No rank may `keep` before every rank has read; mining ends with a barrier.
+
         Collectives: a barrier.
         """
         self._own.flush()

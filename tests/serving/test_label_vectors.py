@@ -9,12 +9,12 @@ import torch
 from saved_run import save_run
 from tiny import make_inputs
 
-from unidec_ds import label_vectors as module
 from unidec_ds.assembly import load_run, trained_views
 from unidec_ds.embedding import embed
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import KS, evaluate
-from unidec_ds.label_vectors import (
+from unidec_ds.serving import label_vectors as module
+from unidec_ds.serving.label_vectors import (
     label_vectors,
     make_label_vectors,
     open_label_vectors,

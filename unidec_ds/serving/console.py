@@ -19,7 +19,7 @@ from unidec_ds.data.files import count_records, read_lines
 from unidec_ds.errors import UserError
 
 if TYPE_CHECKING:  # torch is not needed to refuse a file
-    from unidec_ds.predict import Label, Predictor
+    from unidec_ds.serving.predict import Label, Predictor
 
 STANDARD_INPUT = "-"
 

@@ -16,17 +16,17 @@ from saved_run import save_run
 from sentence_transformers import SentenceTransformer
 from tiny import make_inputs
 
-from unidec_ds import export as module
 from unidec_ds.assembly import load_run
 from unidec_ds.cli import _parser, exit_with_message
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
-from unidec_ds.export import ExportConfig, export_run
+from unidec_ds.export import formats as module
+from unidec_ds.export.formats import ExportConfig, export_run
 from unidec_ds.index import IndexConfig
-from unidec_ds.label_search import open_label_search
-from unidec_ds.label_vectors import label_vectors, query_vectors
 from unidec_ds.model import Chunk
 from unidec_ds.run import write_json
+from unidec_ds.serving.label_search import open_label_search
+from unidec_ds.serving.label_vectors import label_vectors, query_vectors
 
 CPU = torch.device("cpu")
 TEXTS = ["red car", "small new tree made of paper", " ".join(WORDS), "unheard words", "tree"]

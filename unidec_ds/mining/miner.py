@@ -18,11 +18,11 @@ from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.pairs import Ids
 from unidec_ds.data.pool import Planner
-from unidec_ds.mined import is_mined, open_mined, remove_mined
-from unidec_ds.mining import last_mined_epoch, mine, mines_at
+from unidec_ds.mining.mine import last_mined_epoch, mine, mines_at
+from unidec_ds.mining.mined import is_mined, open_mined, remove_mined
+from unidec_ds.mining.vector_cache import VectorCache
 from unidec_ds.model import Embeddings, UniDEC
 from unidec_ds.monitor import Monitor
-from unidec_ds.vector_cache import VectorCache
 
 
 class Miner:

@@ -39,8 +39,8 @@ from unidec_ds.index import (
     recall,
     recorded_config,
 )
-from unidec_ds.label_vectors import LabelVectors, label_vectors
 from unidec_ds.search import exact_search
+from unidec_ds.serving.label_vectors import LabelVectors, label_vectors
 
 logger = logging.getLogger(__name__)
 

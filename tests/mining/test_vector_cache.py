@@ -8,7 +8,8 @@ import torch
 from ranks import run_ranks
 from torch.nn.functional import normalize
 
-from unidec_ds.vector_cache import VectorCache
+from unidec_ds import comm
+from unidec_ds.mining.vector_cache import VectorCache
 
 SIZES, WIDTH = {"queries": 11, "labels": 7}, 6
 
@@ -107,6 +108,7 @@ def reopen_and_go_on(folder):
     cache = open_cache(folder, 4)
     assert cache.note is None
     found = everything(cache, 4)
+    comm.barrier()  # as at the end of mining: nobody keeps before all have read
     run_steps(cache, 4, 6)
     return found, everything(cache, 6)
 

@@ -11,7 +11,7 @@
 and in each README.md, a model card whose code makes query vectors and asks the first question;
 export.json, from what it was made; and the corpus's licence, if it has one.
 
-OUT appears when it is whole (`export_folder`).
+OUT appears when it is whole (`export.folder`).
 
 Cost: an encoder pass over the labels unless the run has their vectors already (`label_vectors`);
 memory of one block of them, and of the index.
@@ -32,14 +32,19 @@ from unidec_ds.assembly import LoadedRun, trained_views
 from unidec_ds.data.corpus import Corpus
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
-from unidec_ds.export_folder import RECORD, new_folder
+from unidec_ds.export.folder import RECORD, new_folder
+from unidec_ds.export.model_card import CORPUS_LICENCE, corpus_licence, model_card
+from unidec_ds.export.sentence_encoder import write_sentence_encoder
 from unidec_ds.index import IndexConfig, write_exact_index
-from unidec_ds.label_search import open_label_search
-from unidec_ds.label_vectors import LabelVectors, choose_view, expected_record, label_vectors
-from unidec_ds.model_card import CORPUS_LICENCE, corpus_licence, model_card
 from unidec_ds.run import write_json
 from unidec_ds.search import fixed_blocks
-from unidec_ds.sentence_encoder import write_sentence_encoder
+from unidec_ds.serving.label_search import open_label_search
+from unidec_ds.serving.label_vectors import (
+    LabelVectors,
+    choose_view,
+    expected_record,
+    label_vectors,
+)
 from unidec_ds.settings import Settings
 
 FORMAT_VERSION = 1

@@ -2,7 +2,7 @@
 
 Before certain epochs every label that has a text and every query to train on is embedded with the
 DE head, and each query's `shortlist_size` best labels are found, by exact search or, above a size,
-with an approximate index (`mining_index`). The true positives of the whole train set and the filter
+with an approximate index (`mining.approximate`). The true positives of the whole train set and the filter
 pairs are masked before the search keeps anything, so a shortlist is full of negatives. With
 clustered batches the same query vectors are cut into one cluster per batch (`clustering`).
 `data.pool` draws from both.
@@ -38,17 +38,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unidec_ds import comm
-from unidec_ds.clustering import balanced_clusters
 from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.keyed import seed_of
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.embedding import BLOCK, embed, embed_all
-from unidec_ds.mined import Mined, MiningSeconds, MiningTexts, open_mined, write_mined
-from unidec_ds.mining_index import MiningIndex
+from unidec_ds.mining.approximate import MiningIndex
+from unidec_ds.mining.clustering import balanced_clusters
+from unidec_ds.mining.mined import Mined, MiningSeconds, MiningTexts, open_mined, write_mined
+from unidec_ds.mining.vector_cache import FreshVectors
 from unidec_ds.model import UniDEC
 from unidec_ds.search import LABEL_BLOCK, TopK, fixed_blocks, mask_pairs, query_block
 from unidec_ds.settings import Settings
-from unidec_ds.vector_cache import FreshVectors
 
 _EXACT_OPERATIONS = {"cpu": 2e13, "accelerator": 1e16}  # most that `search: auto` does exactly
 _MERGE_BLOCK = 65536  # queries whose keys are gathered on rank 0 at once: 20 MiB a rank at K = 40
@@ -73,7 +73,7 @@ class MiningConfig(Settings):
     search: Literal["auto", "exact", "ivf"] = "auto"
     """`exact` compares every query with every label. `ivf` searches a FAISS index that is built
     for each mining and finds nearly the same (`mining/recall` says how nearly); its shortlists may
-    end early, see `mining_index`. `auto` is exact where that is 2·10^13 operations or fewer (a few
+    end early, see `mining.approximate`. `auto` is exact where that is 2·10^13 operations or fewer (a few
     minutes on two CPU cores), on an accelerator 10^16."""
 
 

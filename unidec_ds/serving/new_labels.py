@@ -52,8 +52,8 @@ from unidec_ds.embedding import embed_all, pool_tokens
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import CorpusError, UserError
 from unidec_ds.evaluation import SearchView
-from unidec_ds.label_vectors import expected_record, join_label_parts
 from unidec_ds.search import exact_search, fixed_blocks
+from unidec_ds.serving.label_vectors import expected_record, join_label_parts
 
 SAMPLE_QUERIES, SAMPLE_LABELS = 1024, 16_384
 """What a calibration is fitted to, at most."""

@@ -27,10 +27,10 @@ from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
 from unidec_ds.index import IndexConfig
-from unidec_ds.label_search import LabelSearch, open_label_search
-from unidec_ds.label_vectors import choose_view, query_vectors
-from unidec_ds.new_labels import NewLabels, open_new_labels
 from unidec_ds.search import fixed_blocks
+from unidec_ds.serving.label_search import LabelSearch, open_label_search
+from unidec_ds.serving.label_vectors import choose_view, query_vectors
+from unidec_ds.serving.new_labels import NewLabels, open_new_labels
 
 BATCH_SIZE = 256
 """Texts that are encoded and searched at once."""

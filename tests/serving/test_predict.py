@@ -18,10 +18,10 @@ from tiny import make_inputs
 import unidec_ds
 from unidec_ds.assembly import load_run
 from unidec_ds.cli import exit_with_message
-from unidec_ds.console import answer_lines, check_files
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import evaluate
 from unidec_ds.index import IndexConfig
+from unidec_ds.serving.console import answer_lines, check_files
 
 COMMAND = str(Path(sys.executable).parent / "unidec-ds")
 VIEWS = ("de", "classifier", "unified")
@@ -249,7 +249,7 @@ def test_many_lines_take_no_more_memory_than_few(run, tmp_path):
 import resource, sys
 from pathlib import Path
 import unidec_ds
-from unidec_ds.console import answer_lines
+from unidec_ds.serving.console import answer_lines
 predictor = unidec_ds.load(sys.argv[1], device="cpu")
 def peak(name):
     answer_lines(predictor, name, Path(name + ".out"), k=2, batch_size=64, as_json=False)

@@ -1,0 +1,1 @@
+"""A trained run in forms that others use."""

@@ -1,0 +1,1 @@
+"""Hard negatives and clustered batches, mined from the model as it is."""

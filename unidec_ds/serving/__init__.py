@@ -1,0 +1,1 @@
+"""A trained run answering texts: label vectors, search, new labels, the prompt."""
