@@ -233,7 +233,7 @@ def test_the_card_says_what_it_is_and_no_path(inputs, tmp_path):
     metrics = {"unified": {"P@1": 12.345, "PSP@1": 6.0}}
     details = {"step": 1, "num_queries": 11, "propensity": [0.6, 2.6]}
     write_json(run.folder / "evaluation.json", {"test": metrics, "details": details})
-    shutil.copy(Path(__file__).parents[1] / "LICENSE", inputs / "raw" / "LICENSE")
+    shutil.copy(Path(__file__).parents[2] / "LICENSE", inputs / "raw" / "LICENSE")
     try:
         folder = write(run, tmp_path / "out", "sentence-transformers", license_id="cc-by-4.0")
     finally:

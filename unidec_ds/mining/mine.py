@@ -2,7 +2,7 @@
 
 Before certain epochs every label that has a text and every query to train on is embedded with the
 DE head, and each query's `shortlist_size` best labels are found, by exact search or, above a size,
-with an approximate index (`mining.approximate`). The true positives of the whole train set and the filter
+with an approximate index (`approximate`). The true positives of the whole train set and the filter
 pairs are masked before the search keeps anything, so a shortlist is full of negatives. With
 clustered batches the same query vectors are cut into one cluster per batch (`clustering`).
 `data.pool` draws from both.
@@ -73,7 +73,7 @@ class MiningConfig(Settings):
     search: Literal["auto", "exact", "ivf"] = "auto"
     """`exact` compares every query with every label. `ivf` searches a FAISS index that is built
     for each mining and finds nearly the same (`mining/recall` says how nearly); its shortlists may
-    end early, see `mining.approximate`. `auto` is exact where that is 2·10^13 operations or fewer (a few
+    end early, see `approximate`. `auto` is exact where that is 2·10^13 operations or fewer (a few
     minutes on two CPU cores), on an accelerator 10^16."""
 
 
