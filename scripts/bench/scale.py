@@ -7,6 +7,8 @@ Stages, each in a process of its own, so that its peak memory is its own:
 - make: `scripts/make_synthetic.py`, then an untrained two-layer encoder over its words.
 - prepare: raw files to a prepared corpus.
 - load: batches (plan, tokens, chunks) alone; what stays in memory after many of them.
+- table: the classifier table alone at its full size, on the host: what it takes when new and
+  after a few steps. Memory of moments never touched is not resident yet: `table_gib` is all of it.
 - train: the real trainer (one rank, `ds_configs/cpu.json`) with the classifier table at its full
   size: start-up, steps, a checkpoint, an evaluation. Once per `--format`.
 - nvme: the table in mapped files, larger than the memory that the process may have (a memory
@@ -148,6 +150,48 @@ def load(scratch: Path, batch_size: int, pool_size: int, num_batches: int) -> Fi
     }
 
 
+def table(row_format: str, num_labels: int, width: int, num_steps: int) -> Figures:
+    """Makes the classifier table in host memory and updates 8,192 random rows a step."""
+    import torch
+
+    from unidec_ds.classifier.storage import Placement
+
+    start_gib = memory_gib("RssAnon")
+    clock = Clock()
+    made = new_table(row_format, num_labels, width, Placement("cpu"))
+    figures = clock.seconds("make")
+    figures["table_gib"] = num_labels * made.bytes_per_label / 2**30
+    figures["new_anon_gib"] = memory_gib("RssAnon") - start_gib
+    rng = np.random.default_rng(0)
+    gradient = torch.from_numpy(rng.standard_normal((8_192, width), np.float32))
+    cpu_s = []
+    for _ in range(num_steps):
+        label_ids = np.sort(rng.choice(num_labels, 8_192, replace=False))
+        started = process_time()
+        rows = made.fetch(label_ids)
+        rows.grad = gradient
+        made.apply(rows, lr=1e-3)
+        cpu_s.append(process_time() - started)
+    return figures | {
+        "step_cpu_ms": 1e3 * median(cpu_s),
+        "anon_after_steps_gib": memory_gib("RssAnon") - start_gib,
+        "peak_gib": memory_gib("VmHWM"),
+    }
+
+
+def new_table(row_format: str, num_labels: int, width: int, placement: Any) -> Any:
+    """Returns a whole classifier table, on one rank."""
+    import torch
+
+    from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
+
+    return ClassifierTable(
+        num_labels=num_labels, width=width, rank=0, world_size=1,
+        config=ClassifierConfig(format=row_format), placement=placement,
+        device=torch.device("cpu"), seed=0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+    )  # fmt: skip
+
+
 def train(scratch: Path, row_format: str, settings: dict[str, int]) -> Figures:
     """Trains, saves and evaluates with the real trainer."""
     from unidec_ds import checkpoint
@@ -174,13 +218,12 @@ def train(scratch: Path, row_format: str, settings: dict[str, int]) -> Figures:
     figures["start_up_peak_gib"] = memory_gib("VmHWM")
 
     clock = Clock()
-    trainer.fit()
-    figures |= clock.seconds("fit")
+    records = take_train_steps(trainer, job.corpus)
+    figures |= clock.seconds("all_steps") | step_figures(records)
     figures["steps"] = trainer.step
-    figures |= step_figures(run)
-    figures["fit_anon_gib"] = memory_gib("RssAnon") - before["anon"]
+    figures["trained_anon_gib"] = memory_gib("RssAnon") - before["anon"]
 
-    clock = Clock()  # once more: in `fit` it is one of several things
+    clock = Clock()
     saved = checkpoint.save(
         run, trainer.step, engine.state(), trainer.table, keep=1,
         details={"corpus_fingerprint": job.corpus.fingerprint, "total_steps": trainer.total_steps},
@@ -189,10 +232,11 @@ def train(scratch: Path, row_format: str, settings: dict[str, int]) -> Figures:
     figures["checkpoint_gib"] = folder_gib(saved)
     figures["checkpoint_anon_gib"] = memory_gib("RssAnon") - before["anon"]
 
-    clock = Clock()
-    trainer.evaluate("test")
-    figures |= clock.seconds("evaluate")
-    figures["evaluated_labels_per_s"] = job.corpus.num_labels / figures["evaluate_s"]
+    if settings["eval_queries"]:
+        clock = Clock()
+        trainer.evaluate("test")
+        figures |= clock.seconds("evaluate")
+        figures["evaluated_labels_per_s"] = job.corpus.num_labels / figures["evaluate_s"]
     figures["host_anon_gib"] = memory_gib("RssAnon")
     figures["peak_gib"] = memory_gib("VmHWM")
     trainer.monitor.close()
@@ -225,19 +269,55 @@ def recipe(scratch: Path, row_format: str, settings: dict[str, int]) -> dict[str
     }
 
 
-def step_figures(run: Path) -> Figures:
-    """Returns what the run's own log says about its steps, the first left out."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    steps = [record for line in lines if "loss" in (record := json.loads(line))][1:]
-    figures = {"step_ms": 1e3 * median(record["step_s"] for record in steps)}
+def take_train_steps(trainer: Any, corpus: Any) -> list[dict[str, Any]]:
+    """Takes all of a trainer's steps, batches made ahead; returns what each took."""
+    from unidec_ds.batch import make_batch
+    from unidec_ds.data.prefetch import Prefetcher
+    from unidec_ds.monitor import StepTimer
+
+    def make_one(step: int) -> Any:
+        chunk = trainer.recipe.train.encoder_chunk
+        return make_batch(
+            trainer.planner.plan(step), corpus, rank=0, world_size=1, encoder_chunk=chunk
+        )
+
+    records = []
+    with Prefetcher(make_one, 0, trainer.total_steps) as batches:
+        for _ in range(trainer.total_steps):
+            timer = StepTimer(trainer.device, synchronize=False)
+            started, started_cpu = perf_counter(), process_time()
+            with timer.part("wait_for_batch"):
+                batch = next(batches).to(trainer.device)
+            result = trainer.train_step(batch, timer)
+            trainer.step += 1
+            record = {
+                "step_s": perf_counter() - started,
+                "step_cpu_s": process_time() - started_cpu,
+                "time_s": timer.seconds,
+                "pool_size": len(batch.plan.label_ids),
+                "loss": result.losses["loss"],
+                "anon_gib": memory_gib("RssAnon"),
+            }
+            print(trainer.step, f"loss {record['loss']:.3f}, {record['step_s']:.1f} s", flush=True)
+            records.append(record)
+    return records
+
+
+def step_figures(records: list[dict[str, Any]]) -> Figures:
+    """Returns the medians over the steps, the first left out."""
+    steps = records[1:]
+    figures = {
+        "step_ms": 1e3 * median(record["step_s"] for record in steps),
+        "step_cpu_ms": 1e3 * median(record["step_cpu_s"] for record in steps),
+    }
     for part in steps[0]["time_s"]:
         figures[f"{part}_ms"] = 1e3 * median(record["time_s"][part] for record in steps)
-    tenth = steps[len(steps) // 10]
     return figures | {
         "pool_size": median(record["pool_size"] for record in steps),
-        "first_loss": steps[0]["loss"],
+        "first_loss": records[0]["loss"],
         "last_loss": steps[-1]["loss"],
-        "resident_growth_gib": steps[-1]["host_memory_gib"] - tenth["host_memory_gib"],
+        "anon_after_a_tenth_gib": records[len(records) // 10]["anon_gib"],
+        "anon_at_the_end_gib": records[-1]["anon_gib"],
     }
 
 
@@ -246,16 +326,8 @@ def nvme(scratch: Path, num_labels: int, width: int, num_steps: int, limit_bytes
     import torch
 
     from unidec_ds.classifier.storage import Placement
-    from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
 
-    def new_table(placement: Placement) -> ClassifierTable:
-        return ClassifierTable(
-            num_labels=num_labels, width=width, rank=0, world_size=1,
-            config=ClassifierConfig(format="fp32"), placement=placement,
-            device=torch.device("cpu"), seed=0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-        )  # fmt: skip
-
-    def take_steps(table: ClassifierTable) -> list[float]:
+    def take_steps(table: Any) -> list[float]:
         rng = np.random.default_rng(0)
         seconds = []
         for _ in range(num_steps):
@@ -268,25 +340,25 @@ def nvme(scratch: Path, num_labels: int, width: int, num_steps: int, limit_bytes
             seconds.append(perf_counter() - started)
         return seconds
 
-    in_memory = new_table(Placement("cpu"))
+    in_memory = new_table("fp32", num_labels, width, Placement("cpu"))
     memory_s = take_steps(in_memory)
     sample = np.arange(0, num_labels, 97)
     expected = in_memory.read(sample)
     del in_memory
     (scratch / "nvme").mkdir(exist_ok=True)
     with Cgroup(limit_bytes) as cgroup:
-        table = new_table(Placement("nvme", scratch / "nvme"))
-        files_s = take_steps(table)
-        difference = float((table.read(sample) - expected).abs().max())
+        mapped = new_table("fp32", num_labels, width, Placement("nvme", scratch / "nvme"))
+        files_s = take_steps(mapped)
+        difference = float((mapped.read(sample) - expected).abs().max())
         figures = {
-            "table_gib": num_labels * table.bytes_per_label / 2**30,
+            "table_gib": num_labels * mapped.bytes_per_label / 2**30,
             "limit_gib": cgroup.limit_gib,
             "most_charged_gib": cgroup.most_charged_gib(),
             "files_step_ms": 1e3 * median(files_s),
             "memory_step_ms": 1e3 * median(memory_s),
             "difference": difference,
         }
-        del table
+        del mapped
     return figures
 
 
@@ -381,8 +453,12 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="keep the files here, and use what is there")
     parser.add_argument("--test-queries", type=int, default=20_000, help="default: 20,000")
     parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    parser.add_argument(
+        "--eval-queries", type=int, default=1_000, help="0 skips the evaluation (default: 1,000)"
+    )
     parser.add_argument("--width", type=int, default=768, help="of the rows (default: 768)")
     parser.add_argument("--format", action="append", help="of the rows (default: fp32, rowwise)")
+    parser.add_argument("--only", action="append", metavar="STAGE", help="such as make, prepare")
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL._replace(test_queries=args.test_queries)
     settings = {
@@ -390,7 +466,7 @@ def main() -> None:
         "pool_size": 2_048 if args.quick else 8_192,
         "width": 128 if args.quick else args.width,
         "steps": 12 if args.quick else args.steps,
-        "eval_queries": 100 if args.quick else 1_000,
+        "eval_queries": 100 if args.quick else args.eval_queries,
     }
     scratch = args.scratch or Path(tempfile.mkdtemp(prefix="scale_"))
     scratch.mkdir(parents=True, exist_ok=True)
@@ -398,6 +474,8 @@ def main() -> None:
 
     def run(name: str, stage: Callable[..., Figures], *stage_args: Any) -> None:
         done = scratch / f"{name.replace(' ', '_')}.figures.json"
+        if args.only and name.split()[0] not in args.only and not done.is_file():
+            return
         if not done.is_file():
             done.write_text(json.dumps(apart(stage, *stage_args)))
         stages[name] = json.loads(done.read_text())
@@ -409,7 +487,10 @@ def main() -> None:
         for batch_size, pool_size in ((1_024, 9_000), (16_384, 135_000)):
             num_batches = 40 if args.quick else max(20, 300 * 1_024 // batch_size)
             run(f"load B={batch_size}", load, scratch, batch_size, pool_size, num_batches)
-        for row_format in args.format or ("fp32", "rowwise"):
+        formats = args.format or ("fp32", "rowwise")
+        for row_format in formats:
+            run(f"table {row_format}", table, row_format, sizes.labels, settings["width"], 20)
+        for row_format in formats:
             run(f"train {row_format}", train, scratch, row_format, settings)
         num_labels, limit_bytes = (20_000, 100 << 20) if args.quick else (131_073, 600 << 20)
         run("nvme", nvme, scratch, num_labels, 768, 20 if args.quick else 100, limit_bytes)
