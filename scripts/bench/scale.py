@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -458,6 +459,7 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=768, help="of the rows (default: 768)")
     parser.add_argument("--format", action="append", help="of the rows (default: fp32, rowwise)")
+    parser.add_argument("--note", action="append", default=[], help="a line for the result file")
     parser.add_argument("--only", action="append", metavar="STAGE", help="such as make, prepare")
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL._replace(test_queries=args.test_queries)
@@ -493,19 +495,21 @@ def main() -> None:
         for row_format in formats:
             run(f"train {row_format}", train, scratch, row_format, settings)
         num_labels, limit_bytes = (20_000, 100 << 20) if args.quick else (131_073, 600 << 20)
-        run("nvme", nvme, scratch, num_labels, 768, 20 if args.quick else 100, limit_bytes)
+        run("nvme", nvme, scratch, num_labels, 768, 10 if args.quick else 20, limit_bytes)
     finally:
         if args.scratch is None:
             shutil.rmtree(scratch)
+    command = [a for a in sys.argv[1:] if not a.startswith("--note=")]  # they stand below
     packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")
     result = {
         "benchmark": "scale",
-        "command": "python scripts/bench/scale.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "scripts/bench/scale.py", *command]),
         "about": {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
             "versions": ", ".join(f"{name} {version(name)}" for name in packages),
             "sizes": str(sizes),
             "settings": str(settings),
+            **{f"note {number}": note for number, note in enumerate(args.note, 1)},
         },
         "stages": stages,
     }
