@@ -22,7 +22,7 @@ def make_table(seed=0, num_labels=11):
         width=4,
         rank=comm.rank(),
         world_size=comm.world_size(),
-        config=ClassifierConfig(kernel="torch"),
+        config=ClassifierConfig(kernel="torch", format="fp32"),
         placement=Placement(kind="cpu"),
         device=torch.device("cpu"),
         seed=seed,

@@ -62,6 +62,7 @@ def recipe_text(folder: Path, **sections: dict) -> str:
         "encoder": {"name": str(folder / "encoder"), "max_length": 8},
         "model": {"head_dropout": 0.0, "row_dropout": 0.0},
         "pool": {"size": 24, "num_positives": 2, "num_hard_negatives": 2},
+        "classifier": {"format": "fp32"},  # what agrees to rounding, stochastic rounding need not
         "optimizer": {"encoder_lr": 1e-3, "head_lr": 2e-3, "row_lr": 1e-2},
         "mining": {"every_epochs": 0, "shortlist_size": 6},
         "train": {"batch_size": 12, "epochs": 3, "encoder_chunk": 8},

@@ -35,7 +35,7 @@ def make_table(
 ) -> ClassifierTable:  # fmt: skip
     return ClassifierTable(
         num_labels=num_labels, width=width, rank=rank, world_size=world_size,
-        config=ClassifierConfig(**{"kernel": "torch", **config}),
+        config=ClassifierConfig(**{"kernel": "torch", "format": "fp32", **config}),
         placement=placement or Placement(), device=CPU, seed=7, betas=(0.9, 0.99), eps=1e-8,
         weight_decay=0.1,
     )  # fmt: skip

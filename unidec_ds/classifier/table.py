@@ -48,10 +48,11 @@ _INITIAL_ROWS, _COPY_ROWS = 1024, 65_536
 class ClassifierConfig(Settings):
     """Recipe section `classifier`."""
 
-    format: FormatName = "fp32"
+    format: FormatName = "rowwise"
     """What a row and its moments are stored as; D is the width. fp32: 12·D bytes a label.
     bf16_moments: 8·D. bf16: rows too, 6·D. rowwise: bf16 rows and one second moment a row, no first
-    moment, 2·D + 4."""
+    moment, 2·D + 4: the smallest, and the most accurate where it was measured
+    (`scripts/bench/results/accuracy_formats.md`)."""
     init: Literal["xavier", "label_text"] = "xavier"
     """Initial rows: Xavier-uniform, or the embeddings of the label texts."""
     kernel: KernelName = "cpu_adam"
