@@ -28,11 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@10", "R@100")
 STUDIES: dict[str, dict[str, list[str]]] = {
     "formats": {
-        "fp32": [],
+        "fp32": ["classifier.format=fp32"],
         "bf16_moments": ["classifier.format=bf16_moments"],
         "bf16": ["classifier.format=bf16"],
         "rowwise": ["classifier.format=rowwise"],
-        "fp32, per-row bias correction": ["classifier.bias_correction=per_row"],
+        "fp32, per-row bias correction": [
+            "classifier.format=fp32",
+            "classifier.bias_correction=per_row",
+        ],
     },
     "negatives": {
         "random batches, not mined": ["batches.kind=random", "mining.every_epochs=0"],
