@@ -9,6 +9,7 @@ neither the ZeRO stage nor the world size.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from unidec_ds.optim import LearningRates, OptimizerConfig, parameter_groups
 
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's <malloc.h>
 
 
 def launched_world_size() -> int:
@@ -97,6 +99,8 @@ def start_engine(ds_config: DsConfig, batch_size: int) -> Engine:
             "train on the same data"
         )
     _limit_threads()
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return Engine(accelerator, ds_config)
 
 
@@ -310,6 +314,22 @@ def _limit_threads() -> None:
     """Shares the cores among this machine's ranks unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_world_size()))
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep freed tensors' memory for the next ones, where that is glibc.
+
+    By default it gives large blocks back to the system at once and a CPU step spends about a tenth
+    of its time on fresh pages: 200,000 page faults per 256 texts in one chunk of the packaged
+    encoder. Kept are at most 2 GiB that are free at the heap's end; blocks of 1 GiB and more still
+    go back at once.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _prepare_kernel_builds() -> None:

@@ -1,0 +1,75 @@
+"""The benchmarks start, and their figures have the keys that others read."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+SHARED = {"results"}
+NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in SHARED)
+
+
+def run(name, *options, monkeypatch):
+    """Runs a benchmark in this process, as `python scripts/bench/NAME.py` would."""
+    script = BENCH / f"{name}.py"
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, options)])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_names_the_common_options(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(name, "--help", monkeypatch=monkeypatch)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--quick" in text
+    assert "--json" in text
+
+
+@pytest.mark.kernel
+def test_label_scaling_writes_figures_table_and_plot(tmp_path, monkeypatch):
+    options = ["--labels", 300, 900, "--rows", 64, "--width", 32, "--seconds", 0, "--quick"]
+    paths = ["--json", tmp_path / "figures.json", "--results", tmp_path / "results"]
+    run("label_scaling", *options, *paths, "--scratch", tmp_path, monkeypatch=monkeypatch)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    systems = {"row_sparse", "deepspeed_dense", "torch_fused", "sparse_adam"}
+    cases = {(system, labels) for system in systems for labels in (300, 900)}
+    assert {(figure["system"], figure["labels"]) for figure in figures} == cases
+    for figure in figures:
+        assert (figure["width"], figure["rows"]) == (32, 64)
+        assert figure["step_s"] > figure["update_s"] > 0
+        assert figure["floor_s"] > 0
+    page = (tmp_path / "results" / "label_scaling.md").read_text()
+    for part in ("| row_sparse | fp32 | 900 |", "- commit: ", "- versions: ", "update / floor"):
+        assert part in page
+    assert (tmp_path / "results" / "label_scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_systems_of_a_size_make_the_same_update(monkeypatch):
+    """Each rival is what its name says: from equal rows, equal gradients give equal rows."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import label_scaling as bench
+    import numpy as np
+    import torch
+
+    label_ids = np.array([1, 4, 5])
+    updated = {}
+    for system in bench.SYSTEMS:
+        table = bench.new_table(8, 16, "fp32", bench.Placement("cpu"))
+        made = bench.row_sparse(table)
+        if system != "row_sparse":
+            made = bench.rival(system, table.state(), torch.zeros(8 * 16))
+        for step in range(3):
+            rows = made.rows(label_ids)
+            (rows * torch.linspace(-1, 1 + step, 16)).sum().backward()
+            made.update(label_ids, rows)
+        updated[system] = table.read(np.arange(8))
+    ours = updated["row_sparse"]
+    for system in ("deepspeed_dense", "torch_fused"):
+        torch.testing.assert_close(updated[system][label_ids], ours[label_ids])
+    undecayed = ours[label_ids] - updated["sparse_adam"][label_ids]
+    assert undecayed.abs().max() < 3.5 * bench.LR * bench.WEIGHT_DECAY  # SparseAdam has no decay
