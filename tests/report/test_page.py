@@ -171,7 +171,8 @@ def test_the_page_of_a_trained_run_holds_the_figures_of_its_evaluation(run):
     assert "finished, 21 steps" in page.text
     assert "{{ 7 * 7 }}" in page.text
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert list(evaluation["test"]) == ["untrained", "de", "classifier", "unified"]
+    views = ["untrained", "de", "classifier", "unified", "unified_tuned"]
+    assert list(evaluation["test"]) == views
     for view, values in evaluation["test"].items():
         for name in ("P", "nDCG", "PSP", "PSnDCG", "R", "coverage"):
             expected = [f"{values[f'{name}@{k}']:.2f}" for k in KS]
