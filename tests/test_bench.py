@@ -2,10 +2,12 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 SHARED = {"results"}
@@ -28,6 +30,25 @@ def test_help_names_the_common_options(name, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "--quick" in text
     assert "--json" in text
+
+
+def test_gpu_check_says_what_is_missing_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = BENCH.parent / "gpu_check.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert "--cpu" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_gpu_trains_as_the_cpu_does(tmp_path):
+    script = BENCH.parent / "gpu_check.py"
+    sizes = ["--labels", "20000", "--train-queries", "4000", "--batch-size", "64"]
+    subprocess.run([sys.executable, script, "--work", tmp_path, *sizes], check=True)
 
 
 @pytest.mark.kernel
@@ -54,7 +75,6 @@ def test_systems_of_a_size_make_the_same_update(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import label_scaling as bench
     import numpy as np
-    import torch
 
     label_ids = np.array([1, 4, 5])
     updated = {}
