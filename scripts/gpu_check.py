@@ -76,6 +76,7 @@ def make_inputs(work: Path, sizes: dict[str, int], on_cpu: bool) -> dict[str, Pa
         "encoder": {"name": PACKAGED_ENCODER},
         "model": {"width": sizes["width"], "head_dropout": 0.0, "row_dropout": 0.0},
         "pool": {"size": sizes["pool_size"]},
+        "classifier": {"format": "fp32"},  # rows rounded at random would hide small differences
         "mining": {"every_epochs": 0},
         "train": {"batch_size": sizes["batch_size"], "epochs": 1, "encoder_chunk": 128},
     }
