@@ -127,18 +127,6 @@ def test_no_rows_and_a_learning_rate_of_zero(kernel: KernelName) -> None:
     assert torch.equal(rows, initial_rows())
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_rowwise_first_step_has_root_mean_square_lr(per_row: bool) -> None:
-    adam = RowAdam(betas=BETAS, eps=EPS, weight_decay=0.0, kernel="torch")
-    rows, grads, exp_avg_sq = torch.zeros(3, 8), torch.randn(3, 8), torch.zeros(3, 1)
-    step = torch.ones(3, 1, dtype=torch.int32) if per_row else 1
-    adam.step_rowwise(rows, grads, exp_avg_sq, lr=LR, step=step)
-    torch.testing.assert_close(rows.square().mean(1).sqrt(), torch.full((3,), LR))
-    torch.testing.assert_close(
-        torch.nn.functional.cosine_similarity(rows, grads), torch.full((3,), -1.0)
-    )
-
-
 def test_a_kernel_built_for_another_torch_is_not_taken_for_built(tmp_path: Path) -> None:
     assert not row_adam._is_built(tmp_path)
     (tmp_path / "cpu_adam.so").touch()

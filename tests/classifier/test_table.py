@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unidec_ds.classifier import capacity, partition
+from unidec_ds.classifier.native import native_library
 from unidec_ds.classifier.row_copy import TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
     FORMATS,
@@ -240,7 +241,7 @@ def test_kernel_and_torch_tables_agree(row_format: str) -> None:
         for table in tables:
             take_step([table], step)
     # An element on the edge between two bf16 values may round either way.
-    tolerance = {"fp32": 1e-6, "bf16_moments": 1e-3, "bf16": 1e-2, "rowwise": 0.0}[row_format]
+    tolerance = {"fp32": 1e-6, "bf16_moments": 1e-3, "bf16": 1e-2, "rowwise": 1e-2}[row_format]
     torch.testing.assert_close(dense([tables[0]]), dense([tables[1]]), atol=tolerance, rtol=0)
 
 
@@ -250,7 +251,7 @@ def test_rows_are_copied_by_torch_where_c_does_not_compile(
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     with pytest.warns(UserWarning, match="could not be compiled"):
-        assert native_copier.__wrapped__() is None
+        assert native_library.__wrapped__() is None
 
 
 def test_initial_rows_are_xavier_uniform() -> None:

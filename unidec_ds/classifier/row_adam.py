@@ -12,7 +12,7 @@ Decay is decoupled and falls on the rows of the step only: over a run a label's 
 proportion to how often the label is in a pool.
 
 Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; ZeRO-Offload's
-CPUAdam (Ren et al., USENIX ATC 2021); row-wise second moment as in Shazeer and Stern's Adafactor.
+CPUAdam (Ren et al., USENIX ATC 2021).
 
 Shape legend: R rows, D width.
 """
@@ -111,31 +111,6 @@ class RowAdam:
         scale_R1 = (1.0 - self.betas[1] ** steps_R1).sqrt() / (1.0 - self.betas[0] ** steps_R1)
         rows_RD.sub_(old_RD).mul_(scale_R1.float())
         rows_RD.add_(old_RD, alpha=1.0 - lr * self.weight_decay)
-
-    def step_rowwise(
-        self,
-        rows_RD: Tensor,
-        grads_RD: Tensor,
-        exp_avg_sq_R1: Tensor,
-        *,
-        lr: float,
-        step: int | Tensor,
-    ) -> None:
-        """Updates rows in place with one second moment a row and no first moment (beta1 unused).
-
-        The second moment is of the row's mean squared gradient, so a row's step keeps the
-        gradient's direction. `step` as in `step`.
-        """
-        if not rows_RD.numel():
-            return
-        mean_square_R1 = grads_RD.square().mean(1, keepdim=True)
-        exp_avg_sq_R1.mul_(self.betas[1]).add_(mean_square_R1, alpha=1.0 - self.betas[1])
-        if isinstance(step, int):
-            correction: float | Tensor = 1.0 - self.betas[1] ** step
-        else:
-            correction = (1.0 - self.betas[1] ** step.reshape(-1, 1).double()).float()
-        scale_R1 = lr / ((exp_avg_sq_R1 / correction).sqrt_().add_(self.eps))
-        rows_RD.mul_(1.0 - lr * self.weight_decay).addcmul_(grads_RD, scale_R1, value=-1.0)
 
     def _torch_update(
         self, rows: Tensor, grads: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unidec_ds.classifier import partition
+from unidec_ds.classifier.native import native_library
 from unidec_ds.classifier.row_adam import KernelName, RowAdam
 from unidec_ds.classifier.row_copy import RowCopier, TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
@@ -34,6 +35,7 @@ from unidec_ds.classifier.row_formats import (
     rounding_row_keys,
     xavier_rows,
 )
+from unidec_ds.classifier.rowwise_adam import RowwiseAdam
 from unidec_ds.classifier.staging import StagedRows, Staging
 from unidec_ds.classifier.storage import Placement, allocate
 from unidec_ds.errors import CheckpointError
@@ -56,8 +58,8 @@ class ClassifierConfig(Settings):
     init: Literal["xavier", "label_text"] = "xavier"
     """Initial rows: Xavier-uniform, or the embeddings of the label texts."""
     kernel: KernelName = "cpu_adam"
-    """DeepSpeed's CPUAdam (needs a C++ compiler once), or torch. Tables on the accelerator and the
-    rowwise format always use torch."""
+    """DeepSpeed's CPUAdam, and for rowwise rows this project's own C; both need a compiler once. Or
+    torch, which tables on the accelerator always use."""
     bias_correction: BiasCorrection = "global"
     """Adam's bias correction by the number of steps of the run, or of each row's own updates
     (4 bytes more a label). With global, a row first touched late moves 3.2 learning rates."""
@@ -116,12 +118,20 @@ class ClassifierTable:
         self._column_types = column_types(config.format, config.bias_correction, width)
         self.bytes_per_label = bytes_per_label(config.format, config.bias_correction, width)
         native = self._on_host and config.kernel == "cpu_adam"
-        self._adam = RowAdam(
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            kernel="cpu_adam" if native and config.format != "rowwise" else "torch",
-        )
+        if config.format == "rowwise":
+            self._adam: RowAdam | RowwiseAdam = RowwiseAdam(
+                beta2=betas[1],
+                eps=eps,
+                weight_decay=weight_decay,
+                native=native_library() if native else None,
+            )
+        else:
+            self._adam = RowAdam(
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                kernel="cpu_adam" if native else "torch",
+            )
         self._copier: RowCopier = (native_copier() if native else None) or TorchCopier()
         self._columns = allocate(placement, self._column_types, self.num_rows, device=device)
         self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
@@ -323,8 +333,8 @@ class ClassifierTable:
             self._columns["steps"].scatter(index, step)
         moments = self._moments_of(len(index))
         self._copier.gather(self._columns, index, moments)
-        if self._format == "rowwise":
-            self._adam.step_rowwise(rows_RD, grads_RD, moments["exp_avg_sq"], lr=lr, step=step)
+        if isinstance(self._adam, RowwiseAdam):
+            self._adam.step(rows_RD, grads_RD, moments["exp_avg_sq"], lr=lr, step=step)
         else:
             self._adam.step(
                 rows_RD, grads_RD, moments["exp_avg"], moments["exp_avg_sq"], lr=lr, step=step
