@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unidec_ds.settings import Settings
+from unidec_ds.unit_rows import unit_rows
 
 
 class ModelConfig(Settings):
@@ -150,7 +151,7 @@ class UniDEC(nn.Module):
         hidden = _linear(self.de_head, pooled_nH)
         if self.config.de_activation == "tanh":
             hidden = torch.tanh(hidden)
-        return F.normalize(_masked(hidden, mask_nD), dim=-1)
+        return unit_rows(_masked(hidden, mask_nD))
 
     def classify(self, pooled_nH: Tensor, mask_nD: Tensor | None = None) -> Tensor:
         """Returns the classifier-head vectors g2 of pooled texts, fp32 [n, D]."""

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from unidec_ds import checkpoint, comm
 from unidec_ds.assembly import (
@@ -50,6 +49,7 @@ from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory
 from unidec_ds.optim import learning_rates
 from unidec_ds.run import WARM_START, read_json, write_json, write_untrained
 from unidec_ds.unified import UnifiedWeight
+from unidec_ds.unit_rows import unit_rows
 from unidec_ds.warm_start import WarmStart, start_rows_from_texts
 
 
@@ -244,7 +244,7 @@ class Trainer:
         if self.recipe.model.row_dropout:
             rows_PD = rows_PD * self._row_mask(batch)
         if self.recipe.objective.classifier_logits == "cosine":
-            return normalize(queries_BD, dim=-1), normalize(rows_PD, dim=-1)
+            return unit_rows(queries_BD), unit_rows(rows_PD)
         return queries_BD, rows_PD
 
     def _head_masks(self, batch: Batch) -> Masks | None:
