@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
-SHARED = {"results"}
+SHARED = {"results", "stages", "classifiers"}
 NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in SHARED)
 
 
@@ -73,7 +73,7 @@ def test_label_scaling_writes_figures_table_and_plot(tmp_path, monkeypatch):
 def test_systems_of_a_size_make_the_same_update(monkeypatch):
     """Each rival is what its name says: from equal rows, equal gradients give equal rows."""
     monkeypatch.syspath_prepend(str(BENCH))
-    import label_scaling as bench
+    import classifiers as bench
     import numpy as np
 
     label_ids = np.array([1, 4, 5])

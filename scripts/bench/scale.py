@@ -1,6 +1,6 @@
 """Runs the whole chain at the LF-AmazonTitles-1.3M shape and says what each stage takes.
 
-    python scripts/bench/scale.py [--quick] [--json FILE] [--results] [--scratch DIR]
+    python scripts/bench/scale.py [--quick] [--json FILE] [--results DIR] [--scratch DIR]
 
 Stages, each in a process of its own, so that its peak memory is its own:
 
@@ -22,56 +22,29 @@ where stages that are complete are not made again.
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
-import platform
-import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+import results
+from stages import Cgroup, Clock, Figures, apart, folder_gib, memory_gib
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(results.ROOT / "scripts"))
 
-from make_synthetic import SHAPES, Sizes, Synthetic, write  # noqa: E402
-from make_tiny_encoder import make_encoder  # noqa: E402
+from make_synthetic import SHAPES, Sizes, Synthetic, write
+from make_tiny_encoder import make_encoder
 
-Figures = dict[str, float]
 FULL = SHAPES["1.3m"]
 QUICK = Sizes(20_000, 2_000, 30_000, 22.2)
 MAX_LENGTH = 32
 ENCODER_WIDTH = 64
-
-
-def memory_gib(field: str) -> float:
-    """Returns a field of this process's status: RssAnon now, or VmHWM, the peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 2**20
-    raise KeyError(field)
-
-
-class Clock:
-    """Wall and CPU seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = perf_counter(), process_time()
-
-    def seconds(self, name: str) -> Figures:
-        """Returns both, as `name_s` and `name_cpu_s`."""
-        wall, cpu = self._start
-        return {f"{name}_s": perf_counter() - wall, f"{name}_cpu_s": process_time() - cpu}
 
 
 def make(scratch: Path, sizes: Sizes, seed: int) -> Figures:
@@ -207,7 +180,9 @@ def train(scratch: Path, row_format: str, settings: dict[str, int]) -> Figures:
     recipe_file = scratch / f"recipe_{row_format}.json"
     recipe_file.write_text(json.dumps(recipe(scratch, row_format, settings)))
     before = {"anon": memory_gib("RssAnon"), "peak": memory_gib("VmHWM")}
-    job = prepare_job(load_recipe(str(recipe_file)), ROOT / "ds_configs/cpu.json", run, None)
+    job = prepare_job(
+        load_recipe(str(recipe_file)), results.ROOT / "ds_configs/cpu.json", run, None
+    )
     engine = start_engine(job.ds_config, job.recipe.train.batch_size)
     write_run(job.run, job.recipe, job.ds_config)
 
@@ -363,94 +338,29 @@ def nvme(scratch: Path, num_labels: int, width: int, num_steps: int, limit_bytes
     return figures
 
 
-class Cgroup:
-    """Limits this process's new memory, page cache included, while it is entered.
-
-    Needs a version 1 or 2 memory controller and the right to make a group; without them there is
-    no limit, and `limit_gib` is infinite.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        old = Path("/sys/fs/cgroup/memory")
-        self._root = old if old.is_dir() else Path("/sys/fs/cgroup")
-        self._names = (
-            ("memory.limit_in_bytes", "memory.max_usage_in_bytes")
-            if old.is_dir()
-            else ("memory.max", "memory.peak")
-        )
-        self._group = self._root / f"unidec_ds_scale_{os.getpid()}"
-        self._home = self._root / "cgroup.procs"
-        self.limit_gib = float("inf")
-
-    def __enter__(self) -> Cgroup:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        for _, controllers, path in (line.split(":", 2) for line in lines):
-            if "memory" in controllers.split(",") or (not controllers and "memory" not in str(
-                self._root.name
-            )):  # fmt: skip
-                self._home = self._root / path.lstrip("/") / "cgroup.procs"
-        try:
-            self._group.mkdir()
-            (self._group / self._names[0]).write_text(str(self._limit_bytes))
-            (self._group / "cgroup.procs").write_text(str(os.getpid()))
-            self.limit_gib = self._limit_bytes / 2**30
-        except OSError as error:
-            print(f"no memory limit could be set ({error})", file=sys.stderr)
-        return self
-
-    def most_charged_gib(self) -> float:
-        """Returns the most memory that the group has held."""
-        if self.limit_gib == float("inf"):
-            return float("nan")
-        return int((self._group / self._names[1]).read_text()) / 2**30
-
-    def __exit__(self, *_: object) -> None:
-        if self.limit_gib < float("inf"):
-            self._home.write_text(str(os.getpid()))
-        if self._group.is_dir():
-            self._group.rmdir()
-
-
-def folder_gib(folder: Path) -> float:
-    """Returns the size of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**30
-
-
-def apart(stage: Callable[..., Figures], *args: Any) -> Figures:
-    """Returns what a stage returns that runs in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(stage, *args).result()
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """Returns the result file."""
+def page(about: dict[str, str], stages: dict[str, Figures]) -> str:
+    """Returns the tables."""
     lines = [
-        "# The whole chain at the shape of LF-AmazonTitles-1.3M",
-        "",
-        f"`{result['command']}`",
-        "",
         "Made-up corpus (`scripts/make_synthetic.py`), an untrained two-layer encoder of width "
         f"{ENCODER_WIDTH}: this measures everything but the encoder. What each stage is and what "
         "`anon` and `peak` mean: `scripts/bench/scale.py`.",
         "",
-        *(f"- {name}: {value}" for name, value in result["about"].items()),
+        *(f"- {name}: {value}" for name, value in about.items()),
     ]
-    for stage, figures in result["stages"].items():
-        lines += ["", f"## {stage}", "", "| | |", "|---|--:|"]
-        lines += [f"| {name.replace('_', ' ')} | {value:,.4g} |" if abs(value) < 1000 else
-                  f"| {name.replace('_', ' ')} | {value:,.0f} |"
-                  for name, value in figures.items()]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    for stage, figures in stages.items():
+        rows = [[name.replace("_", " "), in_words(value)] for name, value in figures.items()]
+        lines += ["", f"## {stage}", "", results.table(["", ""], rows)]
+    return "\n".join(lines)
+
+
+def in_words(value: float) -> str:
+    """Returns a figure with four digits, or all of a large one."""
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def main() -> None:
     """Runs the stages and writes what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="30,000 labels, a few steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--results", action="store_true", help="write scripts/bench/results")
+    parser = results.parser(__doc__, quick="30,000 labels, a few steps")
     parser.add_argument("--scratch", type=Path, help="keep the files here, and use what is there")
     parser.add_argument("--test-queries", type=int, default=20_000, help="default: 20,000")
     parser.add_argument("--steps", type=int, default=200, help="default: 200")
@@ -459,7 +369,6 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=768, help="of the rows (default: 768)")
     parser.add_argument("--format", action="append", help="of the rows (default: fp32, rowwise)")
-    parser.add_argument("--note", action="append", default=[], help="a line for the result file")
     parser.add_argument("--only", action="append", metavar="STAGE", help="such as make, prepare")
     args = parser.parse_args()
     sizes = QUICK if args.quick else FULL._replace(test_queries=args.test_queries)
@@ -499,26 +408,17 @@ def main() -> None:
     finally:
         if args.scratch is None:
             shutil.rmtree(scratch)
-    command = [a for a in sys.argv[1:] if not a.startswith("--note=")]  # they stand below
-    packages = ("torch", "deepspeed", "transformers", "numpy", "pyarrow", "safetensors")
-    result = {
-        "benchmark": "scale",
-        "command": shlex.join(["python", "scripts/bench/scale.py", *command]),
-        "about": {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
-            "versions": ", ".join(f"{name} {version(name)}" for name in packages),
-            "sizes": str(sizes),
-            "settings": str(settings),
-            **{f"note {number}": note for number, note in enumerate(args.note, 1)},
-        },
-        "stages": stages,
+    about = {
+        "sizes": ", ".join(f"{name} {value:,}" for name, value in sizes._asdict().items()),
+        "settings": ", ".join(f"{name} {value:,}" for name, value in settings.items()),
     }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    if args.results:
-        folder = Path(__file__).parent / "results"
-        folder.mkdir(exist_ok=True)
-        (folder / "scale.md").write_text(as_markdown(result))
+    results.publish(
+        "scale",
+        args,
+        {"about": about, "stages": stages},
+        title="The whole chain at the shape of LF-AmazonTitles-1.3M",
+        body=page(about, stages),
+    )
 
 
 if __name__ == "__main__":
