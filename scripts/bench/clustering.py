@@ -1,23 +1,20 @@
 """Times balanced clustering and says how alike the queries of a batch become.
 
-    python scripts/bench/clustering.py [--quick] [--width D] [--threads T] [--json FILE]
+    python scripts/bench/clustering.py [--quick] [--width D] [--json FILE] [--results DIR]
 
 Vectors are drawn around topics of very different sizes (a power law), one topic per 50 queries, and
-normalised. Per number of queries it prints the seconds, the memory that clustering added
+normalised. Per number of queries: the seconds, the memory that clustering added
 at its peak, and the mean cosine of two queries of one batch beside that of random batches.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import resource
-from importlib.metadata import version
-from pathlib import Path
+import sys
 from time import perf_counter
 
 import numpy as np
+import results
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -79,33 +76,35 @@ def measure(num_queries: int, batch_size: int, width: int) -> dict[str, float]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="leave out the 2.2M queries")
+    parser = results.parser(__doc__, quick="leave out the 2.2M queries")
     parser.add_argument("--width", type=int, default=384, help="width of the vectors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     figures = []
     for num_queries, batch_size in QUICK if args.quick else FULL:
-        row = measure(num_queries, batch_size, args.width)
-        figures.append(row)
-        print(
-            f"N {num_queries:9,} x {args.width}  k {row['num_clusters']:5,}  "
-            f"{row['cluster_s']:6.1f} s  +{row['added_bytes'] / 2**20:5.0f} MiB  "
-            f"cosine in a batch {row['similarity']:.3f} (random {row['similarity_random']:.3f})",
-            flush=True,
-        )
-    if args.json:
-        result = {
-            "benchmark": "clustering",
-            "machine": platform.processor() or platform.machine(),
-            "torch": version("torch"),
-            "threads": args.threads,
-            "figures": figures,
-        }
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{num_queries:,} queries", file=sys.stderr, flush=True)
+        figures.append(measure(num_queries, batch_size, args.width))
+    columns = ["N", "clusters", "s", "MiB added", "cosine in a batch", "in a random batch"]
+    rows = [
+        [
+            f"{row['num_queries']:,}",
+            f"{row['num_clusters']:,}",
+            f"{row['cluster_s']:.1f}",
+            f"{row['added_bytes'] / 2**20:.0f}",
+            f"{row['similarity']:.3f}",
+            f"{row['similarity_random']:.3f}",
+        ]
+        for row in figures
+    ]
+    results.publish(
+        "clustering",
+        args,
+        {"threads": args.threads, "figures": figures},
+        title="Balanced clustering of the queries",
+        body=f"D = {args.width}.\n\n{results.table(columns, rows, texts=0)}",
+    )
 
 
 if __name__ == "__main__":

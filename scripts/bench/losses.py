@@ -1,6 +1,6 @@
 """Times the loss of one head, forward and backward, against the matrix products it cannot avoid.
 
-    python scripts/bench/losses.py [--quick] [--json FILE]
+    python scripts/bench/losses.py [--quick] [--json FILE] [--results DIR]
 
 The floor is the products alone, on the same blocks of the same shapes, timed in alternation with
 the loss; the table has the fastest of 15 runs of each (of 1, for the largest batch). There are 3
@@ -12,16 +12,14 @@ peak is that of the whole process so far, or of the accelerator.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -46,33 +44,35 @@ FULL = [*QUICK, (16384, 134587, 256 * MIB, "softmax", True, 1.0)]
 
 
 def main() -> None:
-    """Prints the table row by row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="skip the 16,384-query batch")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    arguments = parser.parse_args()
+    """Times the cases and writes what was asked for."""
+    args = results.parser(__doc__, quick="skip the 16,384-query batch").parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(
-        f"torch {torch.__version__}, {device}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, D = {WIDTH}, fp32\n"
-    )
-    print(
-        "| B | P | block MiB | loss | l2q | logits | plan ms | floor ms | loss ms | ratio ", end=""
-    )
-    print("| peak MiB |\n|--:|--:|--:|---|---|---|--:|--:|--:|--:|--:|")
-    rows = []
-    for case in QUICK if arguments.quick else FULL:
+    figures, rows = [], []
+    for case in QUICK if args.quick else FULL:
         row = measure(*case, device=device)
-        rows.append(row)
-        print(
-            f"| {row['queries']} | {row['labels']} | {row['block_bytes'] // MIB} | {row['kind']} "
-            f"| {'on' if row['l2q'] else 'off'} | {row['logits']} | {row['plan_s'] * 1e3:.1f} "
-            f"| {row['floor_s'] * 1e3:.1f} | {row['loss_s'] * 1e3:.1f} | {row['ratio']:.2f} "
-            f"| {row['peak_bytes'] // MIB} |",
-            flush=True,
+        figures.append(row)
+        rows.append(
+            [
+                row["kind"],
+                "on" if row["l2q"] else "off",
+                row["logits"],
+                *(str(row[key]) for key in ("queries", "labels")),
+                str(row["block_bytes"] // MIB),
+                *(f"{row[key] * 1e3:.1f}" for key in ("plan_s", "floor_s", "loss_s")),
+                f"{row['ratio']:.2f}",
+                str(row["peak_bytes"] // MIB),
+            ]
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print(*rows[-1], file=sys.stderr, flush=True)
+    columns = ["loss", "l2q", "logits", "B", "P", "block MiB", "plan ms", "floor ms", "loss ms",
+               "ratio", "peak MiB"]  # fmt: skip
+    results.publish(
+        "losses",
+        args,
+        figures,
+        title="The loss of one head",
+        body=f"{device}, D = {WIDTH}, fp32.\n\n{results.table(columns, rows, texts=3)}",
+    )
 
 
 def measure(

@@ -1,23 +1,19 @@
 """Times the making of a step's plan on a synthetic corpus, with one thread.
 
-    python scripts/bench/plan.py [--quick] [--json FILE]
+    python scripts/bench/plan.py [--quick] [--json FILE] [--results DIR]
 
 Label frequencies follow a power law and positives per query a log-normal (mean 22, up to 1,500);
-every query has a filter pair and a shortlist of 100. Per batch size it prints the
-pool and the milliseconds per plan: with the positives alone, and with 6 hard negatives a query.
+every query has a filter pair and a shortlist of 100. Per batch size: the pool and
+the milliseconds per plan, with the positives alone, and with 6 hard negatives a query.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import numpy as np
+import results
 from numpy.typing import NDArray
 
 from unidec_ds.data.pairs import Ids, Pairs
@@ -65,14 +61,11 @@ def time_plans(planner: Planner, num_plans: int) -> dict[str, float]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer queries, labels and plans")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    args = parser.parse_args()
+    args = results.parser(__doc__, quick="fewer queries, labels and plans").parse_args()
 
     num_queries, num_labels = (50_000, 131_000) if args.quick else (500_000, 1_300_000)
     positives, filter_pairs, shortlists = make_corpus(num_queries, num_labels)
-    print(
+    sizes = (
         f"{num_queries:,} queries, {num_labels:,} labels, {positives.num_pairs:,} positives, "
         f"at most {positives.row_counts().max():,} a query"
     )
@@ -95,22 +88,32 @@ def main() -> None:
             }
             row |= time_plans(planner, num_plans)
             figures.append(row)
-            print(
-                f"B {batch_size:6,}  hard negatives {num_hard_negatives}  "
-                f"P {row['pool_size']:9,.0f}  pairs {row['positive_pairs']:9,.0f}  "
-                f"median {row['median_ms']:6.1f} ms  slowest {row['slowest_ms']:6.1f} ms  "
-                f"first of an epoch {row['first_of_epoch_ms']:6.1f} ms"
-            )
-    if args.json:
-        result = {
-            "benchmark": "plan",
-            "machine": platform.processor() or platform.machine(),
-            "numpy": version("numpy"),
-            "num_queries": num_queries,
-            "num_labels": num_labels,
-            "figures": figures,
-        }
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    columns = [
+        "B",
+        "hard negatives a query",
+        "P",
+        "pairs",
+        "median",
+        "slowest",
+        "first of an epoch",
+    ]
+    rows = [
+        [
+            f"{row['batch_size']:,}",
+            f"{row['num_hard_negatives']}",
+            f"{row['pool_size']:,.0f}",
+            f"{row['positive_pairs']:,.0f}",
+            *(f"{row[key]:.1f}" for key in ("median_ms", "slowest_ms", "first_of_epoch_ms")),
+        ]
+        for row in figures
+    ]
+    results.publish(
+        "plan",
+        args,
+        {"num_queries": num_queries, "num_labels": num_labels, "figures": figures},
+        title="Making a step's plan",
+        body=f"{sizes}; milliseconds.\n\n{results.table(columns, rows, texts=0)}",
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times exact search at the LF-AmazonTitles-131K shape against the machine's own GEMM and top-k.
 
-    python scripts/bench/search.py [--quick] [--json FILE]
+    python scripts/bench/search.py [--quick] [--json FILE] [--results DIR]
 
 Random unit vectors, fp32. Four ways over the same blocks of queries and labels, taken in turn for
 every slice of the queries so that a noisy machine slows all alike (--quick: the faster of two):
@@ -18,14 +18,13 @@ times the metrics of predictions of that shape.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import re
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import results
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -130,34 +129,25 @@ def time_metrics(depth: int = 100) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one table and writes what it holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the first 2,048 queries only")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
+    """Runs the searches and writes what was asked for."""
+    args = results.parser(__doc__, quick="the first 2,048 queries only").parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), "\n")
-    shapes = [(384, 100), (768, 100)] + ([] if arguments.quick else [(384, 10)])
-    num_queries, rounds = (SLICE, 2) if arguments.quick else (NUM_QUERIES, 1)
+    shapes = [(384, 100), (768, 100)] + ([] if args.quick else [(384, 10)])
+    num_queries, rounds = (SLICE, 2) if args.quick else (NUM_QUERIES, 1)
     searches = []
     for width, k in shapes:
+        print(f"D = {width}, k = {k}", file=sys.stderr, flush=True)
         searches.append(time_search(num_queries, width, k, rounds, device))
-        if len(searches) == 1:
-            print("| " + " | ".join(searches[0]) + " |")
-            print("|" + "--:|" * len(searches[0]))
-        row = " | ".join(f"{value:.5g}" for value in searches[-1].values())
-        print(f"| {row} |", flush=True)
     metrics = time_metrics()
-    print("\n" + ", ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
-    if arguments.json:
-        results = {"machine": machine, "searches": searches, "metrics": metrics}
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    rows = [[f"{value:.5g}" for value in search.values()] for search in searches]
+    said = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+    results.publish(
+        "search",
+        args,
+        {"searches": searches, "metrics": metrics},
+        title="Exact search",
+        body=f"{results.table(list(searches[0]), rows, texts=0)}\n\n{said}",
+    )
 
 
 if __name__ == "__main__":
