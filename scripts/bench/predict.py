@@ -15,10 +15,6 @@ parameters, with fresh heads and rows, by `Predictor.predict`: tokens, encoder, 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +23,7 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import results
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -176,46 +173,48 @@ def time_texts(run: Path, num_texts: int, singles: int) -> list[dict[str, float 
     ]
 
 
-def print_rows(rows: list[dict[str, float | str]], with_head: bool) -> None:
-    """Prints rows of a Markdown table."""
-    if with_head:
-        print("| " + " | ".join(rows[0]) + " |")
-        print("|" + "--:|" * len(rows[0]))
-    for row in rows:
-        cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
-        print(f"| {' | '.join(cells)} |", flush=True)
+def rows_table(rows: list[dict[str, float | str]]) -> str:
+    """Returns a Markdown table."""
+    cells = [
+        [f"{x:,.0f}" if isinstance(x, int) else f"{x:.4g}" if isinstance(x, float) else x
+         for x in row.values()]
+        for row in rows
+    ]  # fmt: skip
+    return results.table(list(rows[0]), cells)
 
 
 def main() -> None:
-    """Prints two tables and writes what they hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="10,000 and 30,000 labels only")
+    """Measures both and writes what was asked for."""
+    parser = results.parser(__doc__, quick="10,000 and 30,000 labels only")
     parser.add_argument("--labels", type=int, nargs="+", help="numbers of labels to search")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
-    arguments = parser.parse_args()
-    machine = {
-        "torch": torch.__version__,
-        "faiss": faiss.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), "\n")
-    default = [10_000, 30_000] if arguments.quick else [10_000, 131_073, 1_305_265]
-    searches: list[dict[str, float | str]] = []
-    for num_labels in arguments.labels or default:
+    args = parser.parse_args()
+    default = [10_000, 30_000] if args.quick else [10_000, 131_073, 1_305_265]
+    searches = []
+    for num_labels in args.labels or default:
         rows = time_search(num_labels, rounds=3, singles=50)
-        print_rows(rows, with_head=not searches)
+        print(rows_table(rows), flush=True)
         searches += rows
-    print()
     with tempfile.TemporaryDirectory() as folder:
-        texts = time_texts(
-            save_fresh_run(Path(folder)), 512 if arguments.quick else 2322, singles=50
-        )
-    print_rows(texts, with_head=True)
-    if arguments.json:
-        results = {"machine": machine, "searches": searches, "texts": texts}
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        run = save_fresh_run(Path(folder))
+        texts = time_texts(run, 512 if args.quick else 2322, singles=50)
+    body = [
+        f"What is measured: `scripts/bench/predict.py`. FAISS {faiss.__version__}.",
+        "",
+        f"## Searching labels, width {WIDTH}, batches of {BATCH} queries, k = {K}",
+        "",
+        rows_table(searches),
+        "",
+        "## Texts, from characters to label names, 9,412 labels",
+        "",
+        rows_table(texts),
+    ]
+    results.publish(
+        "predict",
+        args,
+        {"searches": searches, "texts": texts},
+        title="Answering queries",
+        body="\n".join(body),
+    )
 
 
 if __name__ == "__main__":
