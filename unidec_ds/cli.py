@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         "--index", choices=["auto", "exact", "ivf", "hnsw"], help="kind of the FAISS index"
     )
     export.add_argument("--dtype", choices=["fp32", "fp16"], help="of --format vectors")
+    export.add_argument(
+        "--new-labels", type=Path, metavar="FILE", help="labels the run never saw: `id, text`"
+    )
     export.add_argument("--license", metavar="ID", help="of the model, such as apache-2.0")
     export.add_argument("--corpus", type=Path, help="where the corpus is now")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -268,11 +271,17 @@ def _export(args: argparse.Namespace) -> None:
     for option, wanted in (("index", "faiss"), ("dtype", "vectors")):
         if getattr(args, option) and args.format != wanted:
             raise UserError(f"--{option}: has no effect on --format {args.format}; leave it out")
+    if args.new_labels and args.format == "sentence-transformers":
+        raise UserError(
+            "--new-labels: has no effect on --format sentence-transformers, which holds no labels; "
+            "leave it out, and encode them with the exported model"
+        )
     config = ExportConfig(
         format=args.format,
         view=args.view,
         index=IndexConfig(kind=args.index or "auto"),
         dtype=args.dtype or "fp32",
+        new_labels=args.new_labels,
         license_id=args.license or None,
     )
     export_run(

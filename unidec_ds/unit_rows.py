@@ -28,16 +28,17 @@ def unit_rows(x_nD: Tensor) -> Tensor:
 class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nD: Tensor) -> Tensor:
-        norm_n1 = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True)
-        unit_nD = x_nD / norm_n1.clamp_min(_SMALLEST_NORM)
+        norm_n1: Tensor = torch.linalg.vector_norm(x_nD, dim=1, keepdim=True)
+        unit_nD: Tensor = x_nD / norm_n1.clamp_min(_SMALLEST_NORM)
         ctx.save_for_backward(unit_nD, norm_n1)
         return unit_nD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_nD: Tensor) -> Tensor:
         unit_nD, norm_n1 = ctx.saved_tensors
         inverse_n1 = norm_n1.clamp_min(_SMALLEST_NORM).reciprocal_()
         along_n1 = torch.linalg.vecdot(grad_nD, unit_nD).unsqueeze(1)
         along_n1 = torch.where(norm_n1 > _SMALLEST_NORM, along_n1, 0)
-        return (grad_nD * inverse_n1).addcmul_(unit_nD, along_n1 * inverse_n1, value=-1)
+        result: Tensor = (grad_nD * inverse_n1).addcmul_(unit_nD, along_n1 * inverse_n1, value=-1)
+        return result

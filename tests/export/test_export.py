@@ -16,17 +16,19 @@ from saved_run import save_run
 from sentence_transformers import SentenceTransformer
 from tiny import make_inputs
 
+import unidec_ds
 from unidec_ds.assembly import load_run
 from unidec_ds.cli import _parser, exit_with_message
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
 from unidec_ds.export import formats as module
 from unidec_ds.export.formats import ExportConfig, export_run
+from unidec_ds.export.labels import ExportLabels
 from unidec_ds.index import IndexConfig
 from unidec_ds.model import Chunk
 from unidec_ds.run import write_json
 from unidec_ds.serving.label_search import open_label_search
-from unidec_ds.serving.label_vectors import label_vectors, query_vectors
+from unidec_ds.serving.label_vectors import LabelVectors, label_vectors, query_vectors
 
 CPU = torch.device("cpu")
 TEXTS = ["red car", "small new tree made of paper", " ".join(WORDS), "unheard words", "tree"]
@@ -185,7 +187,7 @@ def test_faiss_reads_what_was_written(runs, tmp_path, kind, approximate):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3)])
 def test_vectors_are_the_runs_and_mapped(runs, tmp_path, monkeypatch, dtype, tolerance):
-    monkeypatch.setattr(module, "_BLOCK", 7)
+    monkeypatch.setattr("unidec_ds.export.labels._BLOCK", 7)
     run = runs["tanh"]
     folder = write(run, tmp_path / "out", "vectors", dtype=dtype)
     found = np.load(folder / "label_vectors.npy", mmap_mode="r")
@@ -196,11 +198,42 @@ def test_vectors_are_the_runs_and_mapped(runs, tmp_path, monkeypatch, dtype, tol
         np.testing.assert_array_equal(found, expected.astype(np.float16))
 
 
-def test_fp16_refuses_what_it_cannot_hold(tmp_path):
+def test_fp16_refuses_what_it_cannot_hold(runs, tmp_path):
     vectors = np.zeros((4, 2), np.float32)
     vectors[2, 1] = -70000
+    labels = ExportLabels(runs["tanh"].corpus, LabelVectors(tmp_path, {}, vectors))
     with pytest.raises(UserError, match=r"--dtype: a vector of labels 0..3"):
-        module._copy_vectors(vectors, tmp_path / "v.npy", np.float16)
+        module._copy_vectors(labels, tmp_path / "v.npy", np.float16)
+
+
+@pytest.mark.parametrize("view", ["de", "classifier", "unified"])
+@pytest.mark.parametrize("kind", ["vectors", "exact", "hnsw"])
+def test_new_labels_are_found_as_predict_finds_them(runs, tmp_path, monkeypatch, kind, view):
+    run = runs["wider"]
+    own = run.corpus.labels
+    lines = [("own", own.uids(np.arange(3))[2], own.texts(np.arange(3))[2])]
+    lines += [("new", "n1", "red tree"), ("new", "n2", "small new car"), ("new", "n3", TEXTS[1])]
+    source = tmp_path / "labels.jsonl"
+    source.write_text("".join(json.dumps({"id": u, "text": t}) + "\n" for _, u, t in lines))
+    index = IndexConfig(kind="exact" if kind == "vectors" else kind, storage="fp16")
+    format = "vectors" if kind == "vectors" else "faiss"
+    folder = write(run, tmp_path / "out", format, view=view, index=index, new_labels=source)
+    found = readme_results(folder, monkeypatch)
+
+    predictor = unidec_ds.load(run.folder, view=view, new_labels=source, device="cpu")
+    answers = predictor.predict(TEXTS, k=5)
+    expected = np.array([[label.score for label in labels] for labels in answers])
+    tolerance = 2e-3 if kind == "hnsw" else 1e-5
+    np.testing.assert_allclose(found["scores"], expected, rtol=0, atol=tolerance)
+    table = found["labels"]
+    assert table["uid"].to_pylist()[-3:] == ["n1", "n2", "n3"]
+    assert table["id"].to_pylist() == list(range(run.corpus.num_labels + 3))
+    uids = [[table["uid"][int(label)].as_py() for label in ids] for ids in found["ids"]]
+    assert uids[0][0] == answers[0][0].uid
+    assert any(uid.startswith("n") for row in uids for uid in row)
+    assert "last 3 are of labels that the model was not trained on" in card(folder)[1]
+    assert json.loads((folder / "export.json").read_text())["new_labels"] == 3
+    assert "vectors.npy" not in names(folder)
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
@@ -300,7 +333,7 @@ def test_only_an_export_is_ever_overwritten(runs, tmp_path):
     assert (precious / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("fails", ["model_card", "write_json"])
+@pytest.mark.parametrize("fails", ["write_query_side", "write_json"])
 def test_an_export_that_fails_leaves_the_old_one(runs, tmp_path, monkeypatch, fails):
     run, out = runs["tanh"], write(runs["tanh"], tmp_path / "out", "vectors")
     record = json.loads((out / "export.json").read_text())
@@ -353,6 +386,8 @@ def test_the_command_exports(inputs, tmp_path, capsys):
         ({"classifier": "none"}, "vectors --view classifier", "trained de, not classifier"),
         ({}, "sentence-transformers --view unified", "leave --view out"),
         ({}, "faiss --dtype fp16", "--dtype: has no effect"),
+        ({}, "sentence-transformers --new-labels x.jsonl", "--new-labels: has no effect"),
+        ({}, "vectors --new-labels x.jsonl", "x.jsonl"),
         ({}, "vectors --index ivf", "--index: has no effect"),
     ],
 )
