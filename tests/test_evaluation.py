@@ -161,6 +161,16 @@ def test_sampled_queries_are_few_sorted_and_seeded():
     assert len(sample_queries(ids, 0, seed=3)) == len(sample_queries(ids, 500, seed=3)) == 100
 
 
+def test_a_sample_is_reported_as_one(folder):
+    recipe, corpus, model, _ = setting(folder)
+    whole = evaluate_split(model, None, corpus, recipe, "test", ("encoder",))
+    assert whole.describe_queries() == f"{len(corpus.queries['test'])} queries"
+    changed = recipe.evaluation.model_copy(update={"max_queries": 3})
+    few = recipe.model_copy(update={"evaluation": changed})
+    part = evaluate_split(model, None, corpus, few, "test", ("encoder",))
+    assert part.describe_queries() == f"a sample of 3 of {len(corpus.queries['test'])} queries"
+
+
 def weighted(folder):
     recipe, corpus, model, matrix = setting(folder)
     weights = {"half": 0.5, "rows alone": 0.0, "0.7": 0.7}

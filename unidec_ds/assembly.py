@@ -143,6 +143,7 @@ def evaluate_split(
         cosine_classifier=recipe.objective.classifier_logits == "cosine",
         propensity=recipe.evaluation.propensity,
         unified_weights=unified_weights,
+        num_all_queries=len(query_ids),
         title=title,
     )
 

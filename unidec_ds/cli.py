@@ -192,7 +192,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     result = evaluate_split(
         run.model, run.rows, run.corpus, run.recipe, args.split, views, unified_weights=weights
     )
-    print(f"{args.split} set, {run.checkpoint}")
+    print(f"{args.split} set, {result.describe_queries()}, {run.checkpoint}")
     print(format_table(result.metrics, run.recipe.evaluation.propensity))
     if weights:
         print(f"{TUNED_VIEW}: weight of the dual encoder {weight_de:g}, chosen on validation")

@@ -103,6 +103,14 @@ class Evaluation:
     """By view; on rank 0 only, empty elsewhere."""
     breakdown: dict[str, list[FrequencyBin]]
     """The views' parts by train frequency of the label: [head, torso, tail]; rank 0 only."""
+    num_all_queries: int
+    """Number of queries that `query_ids` are a sample of, or their own number."""
+
+    def describe_queries(self) -> str:
+        """Returns how many queries were evaluated, in words."""
+        if len(self.query_ids) == self.num_all_queries:
+            return f"{self.num_all_queries:,} queries"
+        return f"a sample of {len(self.query_ids):,} of {self.num_all_queries:,} queries"
 
 
 def sample_queries(query_ids: Ids, max_queries: int, seed: int) -> Ids:
@@ -124,6 +132,7 @@ def evaluate(
     cosine_classifier: bool,
     propensity: tuple[float, float],
     unified_weights: Mapping[str, float] | None = None,
+    num_all_queries: int | None = None,
     title: str = "evaluating",
 ) -> Evaluation:
     """Ranks all labels for `query_ids` in each view and scores the rankings.
@@ -139,6 +148,7 @@ def evaluate(
         propensity: (a, b); propensities always come from the full train positives.
         unified_weights: further rankings by name, each the unified view with this weight of the
             dual encoder, from 0 to 1.
+        num_all_queries: what `query_ids` are a sample of; None if they are all.
         title: of the progress bar, drawn on rank 0.
 
     Collectives: one all-reduce of the query vectors, one gather of rows per block of labels, one
@@ -172,7 +182,13 @@ def evaluate(
             breakdown[view] = frequency_breakdown(
                 truth, predictions[view].label_ids, train_counts=train_counts, ks=KS
             )
-    return Evaluation(query_ids, comm.broadcast_object(metrics), predictions, breakdown)
+    return Evaluation(
+        query_ids,
+        comm.broadcast_object(metrics),
+        predictions,
+        breakdown,
+        len(query_ids) if num_all_queries is None else num_all_queries,
+    )
 
 
 @torch.no_grad()

@@ -134,6 +134,7 @@ def evaluate_and_report(trainer: Trainer) -> str:
     details = {
         "step": trainer.step,
         "num_queries": len(result.query_ids),
+        "queries": result.describe_queries(),
         "num_labels": trainer.corpus.num_labels,
         "num_train_queries": trainer.corpus.positives["train"].num_rows,
         "propensity": list(recipe.evaluation.propensity),
@@ -148,7 +149,7 @@ def evaluate_and_report(trainer: Trainer) -> str:
     _write_for_people(trainer, split, view, result)
     report = "\n".join(
         [
-            f"{split} set, {len(result.query_ids):,} queries, {trainer.corpus.num_labels:,} labels",
+            f"{split} set, {result.describe_queries()}, {trainer.corpus.num_labels:,} labels",
             format_table(metrics, recipe.evaluation.propensity),
             *([tuned.describe(split)] if tuned else []),
             "",

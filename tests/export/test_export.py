@@ -264,7 +264,7 @@ def card(folder):
 def test_the_card_says_what_it_is_and_no_path(inputs, tmp_path):
     run = load_run(save_run(inputs, "card"), CPU)
     metrics = {"unified": {"P@1": 12.345, "PSP@1": 6.0}}
-    details = {"step": 1, "num_queries": 11, "propensity": [0.6, 2.6]}
+    details = {"step": 1, "queries": "11 queries", "propensity": [0.6, 2.6]}
     write_json(run.folder / "evaluation.json", {"test": metrics, "details": details})
     shutil.copy(Path(__file__).parents[2] / "LICENSE", inputs / "raw" / "LICENSE")
     try:

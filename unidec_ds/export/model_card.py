@@ -139,7 +139,7 @@ def _results(run: LoadedRun) -> str:
         rows: list[tuple[object, ...]] = [
             (view, *(f"{values[name]:.2f}" for name in columns)) for view, values in metrics.items()
         ]
-        queries = f", {details['num_queries']:,} queries" if "num_queries" in details else ""
+        queries = f", {details['queries']}" if "queries" in details else ""
         parts.append(f"The {split} set{queries}; percent.")
         parts.append(_table(("", *columns), rows))
     if not parts:
