@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -11,22 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unidec_ds.errors import UserError
+from unidec_ds.errors import StoppedError, StopRequestedError, UserError
 
 if TYPE_CHECKING:
     import torch
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def exit_with_message(main: Callable[[], None]) -> int:
-    """Runs `main` and returns the exit code: 0 done, 1 failed, 2 the input was wrong.
+    """Runs `main` and returns the exit code: 0 done, 1 failed, 2 the input was wrong, 75 stopped.
 
-    A user's mistake is printed once, by rank 0, without a traceback.
+    What the message says in full (a user's mistake, why a run stopped, a full disk) is printed
+    without a traceback; what all ranks raise alike, by rank 0 alone.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, StoppedError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            prefix = "" if isinstance(error, StopRequestedError) else "error: "
+            print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,7 +39,10 @@ def exit_with_message(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+            print(f"error: the disk is full: {error}; free disk space", file=sys.stderr)
+            return 1
         rank = os.environ.get("RANK", "0")
         sys.stderr.write("".join(f"[rank {rank}] {line}" for line in
                                  traceback.format_exc().splitlines(keepends=True)))  # fmt: skip

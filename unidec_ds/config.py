@@ -53,6 +53,9 @@ class TrainConfig(Settings):
     """Most bytes of one block of logits."""
     log_every_steps: Annotated[int, Field(ge=1)] = 1
     """Write the training scalars every n-th step."""
+    deterministic: bool = False
+    """Use torch's deterministic kernels only, and fail where there is none: two runs on the same
+    kind of GPU then agree to the last bit. On CPUs they do in any case."""
 
 
 class Recipe(Settings):
