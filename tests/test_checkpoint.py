@@ -153,7 +153,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_newest_checkpoint(tmp_pat
     for moment in range(1, 100):
         run = tmp_path / str(moment)
         for step in (3, 5, 9):
-            save(run, step)
+            save(run, step, keep=3)
         (run / "checkpoints" / "latest").write_text("step_00000003\n")  # resumed from there
         with monkeypatch.context() as patch:
             changes = kill_at(patch, moment)

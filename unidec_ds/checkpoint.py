@@ -18,9 +18,7 @@ and placement; any world size can read them.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -30,11 +28,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unidec_ds import comm
 from unidec_ds.classifier.table import ClassifierTable
+from unidec_ds.durable import sha256, sync_folder, write_tensors, write_text
 from unidec_ds.errors import CheckpointError, SaveError
 from unidec_ds.settings import Settings
 
@@ -112,9 +111,9 @@ def save(
     def write_files() -> dict[str, dict[str, Any]]:
         written = {}
         if comm.is_main():
-            written[ENCODER_FILE] = _write(partial / ENCODER_FILE, dict(encoder_tensors))
+            written[ENCODER_FILE] = write_tensors(partial / ENCODER_FILE, dict(encoder_tensors))
         shard = rows_file(comm.rank(), comm.world_size())
-        written[shard] = _write(partial / shard, table.state())
+        written[shard] = write_tensors(partial / shard, table.state())
         return written
 
     _on_rank_0(run, step, partial, make_folder)
@@ -137,7 +136,7 @@ def save(
 def write_best(run: Path, step: int, metric: str, value: float) -> None:
     """Notes that the checkpoint of `step` is the best so far; for one rank to call."""
     best = Best(place(run, step).name, step, metric, value)
-    _write_text(run / "checkpoints" / _BEST, json.dumps(asdict(best)))
+    write_text(run / "checkpoints" / _BEST, json.dumps(asdict(best)))
 
 
 def best(run: Path) -> Best | None:
@@ -152,8 +151,8 @@ def best(run: Path) -> Best | None:
 def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) -> None:
     """Gives a checkpoint whose files are written its manifest and its name; removes old ones."""
     checkpoints = final.parent
-    _write_text(partial / _MANIFEST, json.dumps(manifest, indent=2))
-    _sync(partial)
+    write_text(partial / _MANIFEST, json.dumps(manifest, indent=2))
+    sync_folder(partial)
     replaced = final.with_name(f"{final.name}.replaced")
     if (final / _MANIFEST).is_file():  # the same step again, after a resume
         _remove(replaced)
@@ -161,8 +160,8 @@ def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int)
     else:
         shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _write_text(checkpoints / _LATEST, final.name)
-    _sync(checkpoints)
+    write_text(checkpoints / _LATEST, final.name)
+    sync_folder(checkpoints)
     saved = _complete(checkpoints)
     step = manifest["step"]
     newest = sorted(other for other in saved if other <= step)[-keep:]
@@ -240,14 +239,32 @@ def newest_first(run: Path) -> list[Path]:
     return [newest, *(folder for folder in older if _step_of(folder) <= _step_of(newest))]
 
 
-def choose(run: Path, which: str) -> Path | None:
-    """Returns a checkpoint of a run: "latest", "best" or its folder; None if there is none."""
+def choose(run: Path, which: str) -> Path:
+    """Returns a complete checkpoint of a run.
+
+    Args:
+        run: the run directory.
+        which: "latest", "best" or the checkpoint's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if which == "latest":
-        return latest(run)
+        newest = latest(run)
+        if newest is None:
+            raise CheckpointError(f"{run} has no complete checkpoint yet")
+        return newest
     if which == "best":
         noted = best(run)
-        return run / "checkpoints" / noted.name if noted else None
-    return Path(which) if (Path(which) / _MANIFEST).is_file() else None
+        if noted is None:
+            raise CheckpointError(
+                f"{run} kept no best checkpoint; train with checkpoint.keep_best true, "
+                "evaluation.every_epochs above 0 and validation queries"
+            )
+        return run / "checkpoints" / noted.name
+    if not (Path(which) / _MANIFEST).is_file():
+        raise CheckpointError(f"{which} is no complete checkpoint; needs latest, best or a folder")
+    return Path(which)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -325,7 +342,7 @@ def manifest_digest(checkpoint: Path) -> str:
 
     It tells checkpoints apart, also those of the same step in two runs.
     """
-    return _sha256(checkpoint / _MANIFEST)
+    return sha256(checkpoint / _MANIFEST)
 
 
 def load_tensors(
@@ -376,44 +393,8 @@ def load_rows(
 
 def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
     needed = manifest["files"][path.name]["sha256"]
-    if (found := _sha256(path)) != needed:
+    if (found := sha256(path)) != needed:
         raise CheckpointError(
             f"{path} is damaged: SHA-256 {found[:16]}..., its manifest says {needed[:16]}...; use "
             "another checkpoint of the run"
         )
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

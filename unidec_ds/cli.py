@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=["test", "validation"], default="test")
     evaluate.add_argument("--view", choices=["de", "classifier", "unified"], help="default: all")
     evaluate.add_argument("--corpus", type=Path, help="where the corpus is now")
+    _add_checkpoint(evaluate)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here too")
     evaluate.set_defaults(run_command=_evaluate)
 
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--batch-size", type=int, default=256, help="texts at once")
     predict.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
     predict.add_argument("--corpus", type=Path, help="where the corpus is now")
+    _add_checkpoint(predict)
     predict.add_argument("--json", action="store_true", help="one JSON object per text")
     predict.set_defaults(run_command=_predict)
 
@@ -133,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=["fp32", "fp16"], help="of --format vectors")
     export.add_argument("--license", metavar="ID", help="of the model, such as apache-2.0")
     export.add_argument("--corpus", type=Path, help="where the corpus is now")
+    _add_checkpoint(export)
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(run_command=_export)
 
@@ -145,6 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", type=Path, metavar="FILE")
     score.set_defaults(run_command=_score)
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="latest|best|PATH",
+        help="which of the run's (best: on validation, see checkpoint.keep_best; default: latest)",
+    )
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -181,7 +193,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from unidec_ds.run import read_unified_weight
     from unidec_ds.unified import TUNED_VIEW
 
-    run = load_run(args.run, _device(), args.corpus)
+    run = load_run(args.run, _device(), args.corpus, args.checkpoint)
     views = trained_views(run.recipe)
     if args.view:
         if args.view not in views:
@@ -224,7 +236,8 @@ def _predict(args: argparse.Namespace) -> None:
         view=args.view,
         index=parse_index(args.index),
         new_labels=args.new_labels,
-        weight_de=_weight_de(args.weight_de, args.run),
+        weight_de=_weight_de(args.weight_de, args.run, args.checkpoint),
+        checkpoint=args.checkpoint,
     )
     if args.input is None:
         converse(predictor, k=args.k)
@@ -245,17 +258,17 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(args.run, args.out))
 
 
-def _weight_de(text: str, run: Path) -> float:
-    from unidec_ds.checkpoint import latest
+def _weight_de(text: str, run: Path, which: str) -> float:
+    from unidec_ds.checkpoint import choose
     from unidec_ds.run import read_unified_weight
 
     if text == "tuned":
-        newest = latest(run)
-        tuned = read_unified_weight(run, newest) if newest else None
+        chosen = choose(run, which)
+        tuned = read_unified_weight(run, chosen)
         if tuned is None:
             raise UserError(
-                f"--weight-de tuned: {run / 'evaluation.json'} names no weight for the newest "
-                "checkpoint; one is chosen at the end of training where the recipe keeps "
+                f"--weight-de tuned: {run / 'evaluation.json'} names no weight for {chosen.name}; "
+                "one is chosen at the end of training where the recipe keeps "
                 "validation queries (corpus.validation_fraction); give a number instead"
             )
         return tuned
@@ -284,7 +297,10 @@ def _export(args: argparse.Namespace) -> None:
         license_id=args.license or None,
     )
     export_run(
-        load_run(args.run, _device(), args.corpus), args.out, config, overwrite=args.overwrite
+        load_run(args.run, _device(), args.corpus, args.checkpoint),
+        args.out,
+        config,
+        overwrite=args.overwrite,
     )
     print(f"{args.out}: {args.format}; how to use it is in {args.out / 'README.md'}")
 

@@ -134,7 +134,9 @@ def finished_report(run: Path, resume_from: Path | None) -> str | None:
 def write_run(run: Path, recipe: Recipe, ds_config: DsConfig) -> None:
     """Writes the files that describe a run, before its first step."""
     run.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, run / "config.yaml")
+    beside = run / "config.yaml.new"  # a kill must not leave half of what a resume compares
+    write_recipe(recipe, beside)
+    beside.replace(run / "config.yaml")
     write_json(run / "ds_config.json", ds_config.content)
     write_json(run / "environment.json", environment())
 
@@ -222,7 +224,7 @@ def read_unified_weight(run: Path, newest: Path) -> float | None:
 
     Args:
         run: the run directory.
-        newest: its newest checkpoint.
+        newest: the checkpoint in use.
 
     Returns:
         None if there is no final report of that checkpoint, or it chose none.

@@ -340,14 +340,15 @@ class Trainer:
         if not is_due or self.monitor.has_evaluation(self.step, epoch, "validation"):
             return
         result = self.evaluate("validation")
+        view = list(result.metrics)[-1]
+        self._flush()
+        self.saver.keep_if_best(self.step, view, result.metrics[view])
+        # Only now: what is logged is not evaluated again if the run is killed here.
         self.monitor.log_evaluation(
             self.step, epoch, "validation", result.metrics, result.breakdown
         )
-        view = list(result.metrics)[-1]
         figures = ", ".join(f"{k} {result.metrics[view][k]:.2f}" for k in ("P@1", "P@5", "R@100"))
         self.monitor.say(f"epoch {epoch + 1}: validation ({view}): {figures}")
-        self._flush()
-        self.saver.keep_if_best(self.step, view, result.metrics[view])
 
     def _stop_if_asked(self) -> None:
         """Saves and leaves if a signal came to any rank. Collectives: one all-reduce."""

@@ -173,7 +173,8 @@ def test_another_world_size_zero_stage_and_placement_go_on_with_the_same_moments
     middle = str(before / "checkpoints" / "step_00000010")
     run = tmp_path / f"at_{world_size}"
     on_device = {"zero_optimization": {"stage": stage}}
-    launch(inputs, run, world_size, middle, on_device, sections)
+    codes = launch(inputs, run, world_size, middle, on_device, sections)
+    assert [code for code, _ in codes] == [0] * world_size
     losses, theirs = read_losses(run), read_losses(before)
     assert set(losses) == set(range(10, 21))
     assert list(losses.values()) == pytest.approx([theirs[s] for s in losses], rel=1e-4)
