@@ -89,6 +89,13 @@ class Recipe(Settings):
                 "mining.every_epochs: mining searches with the dual encoder, which objective.de "
                 "none leaves untrained; set it to 0"
             )
+        if self.checkpoint.keep_best and not (
+            self.evaluation.every_epochs and self.corpus.validation_fraction
+        ):
+            faults.append(
+                "checkpoint.keep_best: needs validation queries and their evaluation; set "
+                "corpus.validation_fraction and evaluation.every_epochs above 0"
+            )
         if faults:
             raise ValueError("\n".join(faults))
         return self
