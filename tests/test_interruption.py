@@ -30,11 +30,11 @@ with interruption.StopRequests():
 def test_a_signal_is_noted_and_its_handler_is_put_back(number, capfd):
     before = signal.getsignal(number)
     with StopRequests() as requests:
-        assert requests.exchange(False, CPU) is False
+        assert requests.exchange([False], CPU) == [False]
         assert requests.agreed == ()
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # a launcher passes on what its ranks have got already
-        assert requests.exchange(True, CPU) is True
+        assert requests.exchange([True, False], CPU) == [True, False]
         assert requests.agreed == (number.name,)
     assert signal.getsignal(number) == before
 
@@ -44,7 +44,7 @@ def test_what_is_ignored_stays_ignored():
     try:
         with StopRequests() as requests:
             os.kill(os.getpid(), signal.SIGHUP)
-            requests.exchange(False, CPU)
+            requests.exchange([], CPU)
             assert requests.agreed == ()
     finally:
         signal.signal(signal.SIGHUP, before)

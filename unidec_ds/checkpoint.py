@@ -22,6 +22,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from unidec_ds import comm
 from unidec_ds.classifier.table import ClassifierTable
-from unidec_ds.durable import sha256, sync_folder, write_tensors, write_text
+from unidec_ds.durable import sha256, stream_tensors, sync_folder, write_tensors, write_text
 from unidec_ds.errors import CheckpointError, SaveError
 from unidec_ds.settings import Settings
 
@@ -53,6 +54,9 @@ class CheckpointConfig(Settings):
     """Write one after every n-th step; 0 only at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many to keep; older ones are removed once a new one is complete."""
+    in_background: bool = True
+    """Write files while training goes on, those of `every_steps`. What is on disk is the state at
+    the step of the save; host memory grows by the rows that steps touch meanwhile."""
     keep_best: bool = False
     """Keep the one that scores best on the validation queries too, written right after their
     evaluation (`evaluation.every_epochs`)."""
@@ -91,7 +95,7 @@ def save(
         run: the run directory.
         step: number of steps taken.
         encoder_tensors: what `Engine.state` returned; written by rank 0.
-        table: its `state` is written by each rank.
+        table: its rows are written by each rank.
         keep: checkpoints to keep, beside the best one.
         details: further entries of the manifest (plain data).
 
@@ -101,36 +105,91 @@ def save(
 
     Collectives: three gathers of file names; every rank must call.
     """
-    final = place(run, step)
-    partial = final.with_name(f"{final.name}.partial")
+    return Save(run, step, encoder_tensors, table, keep=keep, details=details).finish()
 
-    def make_folder() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
 
-    def write_files() -> dict[str, dict[str, Any]]:
+class Save:
+    """A save that writes its files in a thread of its own while steps are taken.
+
+    Arguments, errors and collectives are those of `save`, shared by making it and `finish`; every
+    rank must make one and `finish` it before the next.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        encoder_tensors: Mapping[str, Tensor],
+        table: ClassifierTable,
+        *,
+        keep: int,
+        details: Mapping[str, Any],
+    ) -> None:
+        self._run, self.step, self._keep = run, step, keep
+        self._encoder_tensors, self._snapshot = encoder_tensors, table.snapshot()
+        self._manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "world_size": comm.world_size(),
+            "num_labels": table.num_labels,
+            "width": table.width,
+            **details,
+        }
+        self._final = place(run, step)
+        self._partial = self._final.with_name(f"{self._final.name}.partial")
+        self._on_rank_0(self._make_folder)
+        worker = ThreadPoolExecutor(1, "checkpoint")
+        self._written = worker.submit(self._write_files)
+        worker.shutdown(wait=False)
+
+    def is_written(self) -> bool:
+        """Returns whether this rank's files are written, or failed to be."""
+        return self._written.done()
+
+    def finish(self) -> Path:
+        """Waits for the files of all ranks and makes them a checkpoint; returns its folder."""
+        files: dict[str, Any] = {}
+        for written in self._on_every_rank(self._written.result):
+            files.update(written)
+        manifest = {**self._manifest, "files": files}
+        self._on_rank_0(lambda: _publish(self._partial, self._final, manifest, self._keep))
+        return self._final
+
+    def _make_folder(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+
+    def _write_files(self) -> dict[str, dict[str, Any]]:
         written = {}
         if comm.is_main():
-            written[ENCODER_FILE] = write_tensors(partial / ENCODER_FILE, dict(encoder_tensors))
+            path = self._partial / ENCODER_FILE
+            written[ENCODER_FILE] = write_tensors(path, self._encoder_tensors)
         shard = rows_file(comm.rank(), comm.world_size())
-        written[shard] = write_tensors(partial / shard, table.state())
+        snapshot = self._snapshot
+        written[shard] = stream_tensors(self._partial / shard, snapshot.shapes(), snapshot.read())
         return written
 
-    _on_rank_0(run, step, partial, make_folder)
-    files: dict[str, Any] = {}
-    for written in _on_every_rank(run, step, partial, write_files):
-        files.update(written)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "world_size": comm.world_size(),
-        "num_labels": table.num_labels,
-        "width": table.width,
-        **details,
-        "files": files,
-    }
-    _on_rank_0(run, step, partial, lambda: _publish(partial, final, manifest, keep))
-    return final
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        self._on_every_rank(work if comm.is_main() else lambda: None)
+
+    def _on_every_rank(self, work: Callable[[], T]) -> list[T]:
+        """Returns what `work` returned on each rank; raises SaveError on all if one failed."""
+        done, fault = [], ""
+        try:
+            done.append(work())
+        except (OSError, SafetensorError) as error:
+            fault = f"rank {comm.rank()}: {error}"
+        outcomes = comm.gather_objects((done, fault))
+        faults = [fault for _, fault in outcomes if fault]
+        if faults:
+            if comm.is_main():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise SaveError(
+                f"the checkpoint of step {self.step} could not be written to "
+                f"{self._partial.parent}: {'; '.join(faults)}. Last good checkpoint: "
+                f"{latest(self._run) or 'none'}. Free disk space, then go on with --resume auto."
+            )
+        return [result for done, _ in outcomes for result in done]
 
 
 def write_best(run: Path, step: int, metric: str, value: float) -> None:
@@ -178,30 +237,6 @@ def _remove(folder: Path) -> None:
     """Removes a checkpoint; what a kill leaves of it has no manifest, so it is none."""
     (folder / _MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _on_rank_0(run: Path, step: int, partial: Path, work: Callable[[], None]) -> None:
-    _on_every_rank(run, step, partial, work if comm.is_main() else lambda: None)
-
-
-def _on_every_rank(run: Path, step: int, partial: Path, work: Callable[[], T]) -> list[T]:
-    """Returns what `work` returned on each rank; raises SaveError on all if it failed on one."""
-    done, fault = [], ""
-    try:
-        done.append(work())
-    except (OSError, SafetensorError) as error:
-        fault = f"rank {comm.rank()}: {error}"
-    outcomes = comm.gather_objects((done, fault))
-    faults = [fault for _, fault in outcomes if fault]
-    if faults:
-        if comm.is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(
-            f"the checkpoint of step {step} could not be written to {partial.parent}: "
-            f"{'; '.join(faults)}. Last good checkpoint: {latest(run) or 'none'}. Free disk space, "
-            "then go on with --resume auto."
-        )
-    return [result for done, _ in outcomes for result in done]
 
 
 def place(run: Path, step: int) -> Path:

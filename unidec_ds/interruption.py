@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -55,14 +56,16 @@ class StopRequests:
         self._terminals: list[int] = []
         self._wakeup: tuple[int, socket.socket] | None = None
 
-    def exchange(self, flag: bool, device: torch.device) -> bool:
-        """Returns whether `flag` holds on any rank, and renews `agreed`.
+    def exchange(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """Returns, for each flag, whether it holds on any rank, and renews `agreed`.
 
-        Collectives: one all-reduce of 20 bytes.
+        Collectives: one all-reduce of a few bytes.
         """
-        found, *asked = comm.any_true([flag, *(s in self._noted for s in SIGNALS)], device)
+        requests = [number in self._noted for number in SIGNALS]
+        found = comm.any_true([*flags, *requests], device)
+        asked = found[len(flags) :]
         self.agreed = tuple(s.name for s, is_set in zip(SIGNALS, asked, strict=True) if is_set)
-        return found
+        return found[: len(flags)]
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is not threading.main_thread():

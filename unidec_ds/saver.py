@@ -24,6 +24,7 @@ class Saver:
 
     Attributes:
         saved_step: the step whose state is in the run directory, None before the first one.
+        is_writing_anywhere: whether any rank is still writing; for the ranks to agree on.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Saver:
         self._run, self._config, self._details = run, config, details
         self._engine, self._table = engine, table
         self.saved_step: int | None = None
+        self.is_writing_anywhere = False
+        self._save: checkpoint.Save | None = None
 
     def restore(self, folder: Path) -> int:
         """Takes over the state of a checkpoint found to be whole; returns its step."""
@@ -57,9 +60,19 @@ class Saver:
 
         Collectives: those of `Engine.state` and `checkpoint.save`; every rank must call.
         """
+        self.begin(step)
+        self.finish()
+
+    def begin(self, step: int) -> None:
+        """Begins to save the state after `step` steps; steps may be taken until it is written.
+
+        Waits for the save before. Raises and communicates as `save` does.
+        """
+        self.finish()
         if self.saved_step == step:
             return
-        checkpoint.save(
+        self.is_writing_anywhere = True
+        self._save = checkpoint.Save(
             self._run,
             step,
             self._engine.state(),
@@ -67,7 +80,25 @@ class Saver:
             keep=self._config.keep,
             details=self._details,
         )
-        self.saved_step = step
+        if not self._config.in_background:
+            self.finish()
+
+    def is_writing(self) -> bool:
+        """Returns whether this rank is still writing."""
+        return self._save is not None and not self._save.is_written()
+
+    def finish_if_written(self) -> None:
+        """Makes the save under way a checkpoint if no rank was writing when they last asked."""
+        if not self.is_writing_anywhere:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one, and makes it a checkpoint."""
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        save.finish()
+        self.saved_step = save.step
 
     def keep_if_best(self, step: int, view: str, metrics: Mapping[str, float]) -> None:
         """Saves the state after `step` if it scored better than every one before; every rank calls.

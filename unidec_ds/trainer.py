@@ -139,9 +139,7 @@ class Trainer:
             start_rows_from_texts(self.model, self.table, corpus, with_text)
         self._is_warm = warm_start is not None
         self.monitor = Monitor(run, self.step, self.total_steps)
-        self.miner = Miner(
-            recipe, self.model, corpus, self.train_ids, run, self.monitor, first_step=self.step
-        )
+        self.miner = Miner(recipe, self.model, corpus, self.train_ids, run, self.monitor, self.step)
 
     # ------------------------------------------------------------------ the run
 
@@ -160,6 +158,7 @@ class Trainer:
                 with Prefetcher(self._make_batch, self.step, epoch_end) as batches:
                     for _ in range(self.step, epoch_end):
                         self._step(batches)
+                self.saver.finish()
                 self.miner.log_share(self.step)
                 self._evaluate_epoch(epoch)
                 self._stop_if_asked()
@@ -209,6 +208,7 @@ class Trainer:
             share = torch.stack([weights[name] * heads[name].total for name in weights]).sum()
             losses = self._sum_shares(share, heads)
         if not math.isfinite(losses["loss"]):
+            self.saver.finish()
             fault = Fault("loss", losses["loss"], self.step, checkpoint.latest(self.run))
             stop_non_finite(fault, batch, embeddings, rows_PD, share)
         with timer.part("backward"):
@@ -216,6 +216,7 @@ class Trainer:
         with timer.part("update"):
             grad_norm = self.engine.step()
             if self._is_bad_on_any_rank(grad_norm, rows_PD):
+                self.saver.finish()
                 fault = Fault("gradient norm", grad_norm, self.step, checkpoint.latest(self.run))
                 stop_non_finite(fault, batch, embeddings, rows_PD, share)
             if objective.classifier != "none":
@@ -252,8 +253,9 @@ class Trainer:
     def _classifier_logit_sides(
         self, queries_BD: Tensor, rows_PD: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        if self.recipe.model.row_dropout:
-            rows_PD = rows_PD * self._row_mask(batch)
+        if rate := self.recipe.model.row_dropout:
+            num_labels = len(batch.plan.label_ids)
+            rows_PD = rows_PD * self._mask("rows", rate, num_labels, batch.own_pool)
         if self.recipe.objective.classifier_logits == "cosine":
             return normalize(queries_BD, dim=-1), normalize(rows_PD, dim=-1)
         return queries_BD, rows_PD
@@ -270,10 +272,6 @@ class Trainer:
             self._mask("query classifier", rate, num_queries, queries),
             self._mask("label de", rate, num_labels, batch.own_pool_with_text),
         )
-
-    def _row_mask(self, batch: Batch) -> Tensor:
-        rate = self.recipe.model.row_dropout
-        return self._mask("rows", rate, len(batch.plan.label_ids), batch.own_pool)
 
     def _mask(self, site: str, rate: float, num_rows: int, own: Ids) -> Tensor:
         seed = seed_of(self.recipe.train.seed, f"dropout {site}", self.step)
@@ -293,14 +291,16 @@ class Trainer:
     def _is_bad_on_any_rank(self, grad_norm: float, rows_PD: Tensor) -> bool:
         """Scales the rows' gradient; returns whether it or the norm is not finite on any rank.
 
-        The ranks also tell each other whether they were asked to stop.
+        The ranks also tell each other whether they were asked to stop or are still saving.
         """
         bad = not math.isfinite(grad_norm)
         if rows_PD.grad is not None:
             if self.engine.row_gradient_scale != 1:
                 rows_PD.grad.mul_(self.engine.row_gradient_scale)
             bad = bad or not bool(torch.linalg.vector_norm(rows_PD.grad).isfinite())
-        return self.stop_requests.exchange(bad, self.device)
+        flags = [bad, self.saver.is_writing()]
+        is_bad, self.saver.is_writing_anywhere = self.stop_requests.exchange(flags, self.device)
+        return is_bad
 
     # ------------------------------------------------------------------ around the steps
 
@@ -328,9 +328,11 @@ class Trainer:
             self.monitor.log_step(record)
         self.step += 1
         self.monitor.advance(result.losses["loss"], record["texts_per_s"])
+        self.saver.finish_if_written()
         every = self.recipe.checkpoint.every_steps
         if every and self.step % every == 0 and self.step < self.total_steps:
-            self._save()
+            self._flush()
+            self.saver.begin(self.step)
         self._leave_if_asked()
 
     def _evaluate_epoch(self, epoch: int) -> None:
@@ -352,7 +354,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         """Saves and leaves if a signal came to any rank. Collectives: one all-reduce."""
-        self.stop_requests.exchange(False, self.device)
+        self.stop_requests.exchange([], self.device)
         self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:

@@ -65,6 +65,22 @@ def evaluations(run):
     return [(r["step"], r["split"], r["evaluation"]) for r in records if "evaluation" in r]
 
 
+def test_files_written_in_the_background_are_those_of_saves_that_wait(
+    inputs, undisturbed, tmp_path
+):
+    waiting = {**SECTIONS["checkpoint"], "in_background": False}
+    launch(inputs, tmp_path / "run", sections={**SECTIONS, "checkpoint": waiting})
+    steps = checkpoint.kept_steps(undisturbed)
+    assert steps == checkpoint.kept_steps(tmp_path / "run")
+    assert len(steps) >= 3
+    for step in steps:
+        one, other = (
+            checkpoint.read_manifest(checkpoint.place(run, step))["files"]
+            for run in (undisturbed, tmp_path / "run")
+        )
+        assert one == other
+
+
 def test_the_best_checkpoint_is_the_one_that_scored_best(undisturbed):
     best = checkpoint.best(undisturbed)
     scores = {s: v["unified"]["P@1"] for s, split, v in evaluations(undisturbed)
