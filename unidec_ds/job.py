@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,8 @@ def run_job(job: Job) -> None:
         trainer.fit()
         report = evaluate_and_report(trainer)
     except StoppedError:  # every rank's
+        with suppress(OSError):  # it may say already that the disk is full
+            trainer.monitor.close()
         engine.close()
         raise
     finally:

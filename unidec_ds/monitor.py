@@ -144,9 +144,10 @@ class Monitor:
 
     def close(self) -> None:
         """Ends the bar and flushes the files."""
-        if self._writer is not None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
             self._bar.close()
-            self._writer.close()
+            writer.close()
 
     def _log(self, record: dict[str, Any]) -> None:
         if self._writer is None or any(_is_same(record, kept) for kept in self._kept):
