@@ -44,7 +44,7 @@ from unidec_ds.cli import exit_with_message
 from unidec_ds.errors import UserError
 
 PHASES = ("start", "step", "save", "mining", "evaluation", "between")
-TARGETS = ("start", "step", "save", "save", "mining", "evaluation")  # saves are short: more of them
+TARGETS = ("start", "step", "save", "writing", "mining", "evaluation")
 NOTICE_S = 30  # a rank left alone must notice within this time
 LIFE_S = 240
 DS_CONFIG = {
@@ -59,6 +59,8 @@ class Outcome:
 
     kills: Counter[str] = field(default_factory=Counter)
     """By the phase of the first rank killed."""
+    while_writing: int = 0
+    """Kills while checkpoint files were being written, in whatever phase."""
     single: int = 0
     """Kills of one rank among several."""
     noticed: int = 0
@@ -116,22 +118,25 @@ def live(rank: int, world_size: int, port: int, inputs: Path, run: Path, life: P
 
     def mark(owner: type, name: str, phase: str) -> None:
         plain: Callable[..., Any] = getattr(owner, name)
+        place = rank if phase in PHASES else world_size + rank
 
         @functools.wraps(plain)
         def marked(*args: Any, **kwargs: Any) -> Any:
-            before, start = phases[rank], time.perf_counter()
-            phases[rank] = PHASES.index(phase)
+            before, start = phases[place], time.perf_counter()
+            phases[place] = PHASES.index(phase) if phase in PHASES else 1
             try:
                 return plain(*args, **kwargs)
             finally:
-                phases[rank] = before
+                phases[place] = before
                 seconds[phase] += time.perf_counter() - start
                 seconds[f"{phase} calls"] += 1
 
         setattr(owner, name, marked)
 
     mark(Trainer, "train_step", "step")
-    mark(Saver, "save", "save")
+    mark(Saver, "begin", "save")
+    mark(Saver, "finish", "save")
+    mark(checkpoint.Save, "_write_files", "writing")  # in a thread of its own
     mark(Miner, "refresh", "mining")
     mark(Trainer, "evaluate", "evaluation")
     plain_fit = Trainer.fit
@@ -155,7 +160,7 @@ def live(rank: int, world_size: int, port: int, inputs: Path, run: Path, life: P
 
 
 def open_phases(life: Path) -> mmap.mmap:
-    """Returns one byte of shared memory for each rank."""
+    """Returns shared memory: a byte for each rank's phase, then one for whether it is writing."""
     with (life / "phases").open("r+b") as file:
         return mmap.mmap(file.fileno(), 0)
 
@@ -181,22 +186,25 @@ class Arena:
         if codes != [0] * self._world_size:
             raise RuntimeError(f"the undisturbed run failed:\n{_tail(life)}")
         seconds = json.loads((life / "seconds.json").read_text())
-        self._seconds = {p: seconds[p] / seconds[f"{p} calls"] for p in PHASES if p in seconds}
+        self._seconds = {t: seconds[t] / seconds[f"{t} calls"] for t in TARGETS}
 
     def kill_once(self, run: Path) -> bool:
         """Lives once, until a kill or the end; returns whether the run came to its end."""
         target = self._random.choice(TARGETS)
-        skip = self._random.randrange(4) if target in ("step", "save") else 0
+        skip = self._random.randrange(4) if target in ("step", "save", "writing") else 0
         delay_s = self._random.uniform(0, 1.2 * self._seconds[target])
         victims = list(range(self._world_size))
         if self._world_size > 1 and self._random.random() < 0.5:
             victims = [self._random.randrange(self._world_size)]
         life, ranks = self._start(run)
         phases = open_phases(life)
-        wanted, seen, was_there = PHASES.index(target), 0, False
+        place, wanted = victims[0], PHASES.index(target) if target in PHASES else 1
+        if target == "writing":
+            place += self._world_size
+        seen, was_there = 0, False
         deadline = time.monotonic() + LIFE_S
         while all(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-            is_there = phases[victims[0]] == wanted
+            is_there = phases[place] == wanted
             seen += is_there and not was_there
             was_there = is_there
             if is_there and seen > skip:
@@ -212,6 +220,7 @@ class Arena:
         for victim in victims:
             ranks[victim].join()
         self.outcome.kills[PHASES[phases[victims[0]]]] += 1
+        self.outcome.while_writing += phases[self._world_size + victims[0]]
         if len(victims) < self._world_size:
             self.outcome.single += 1
             codes = _join(ranks, NOTICE_S)
@@ -230,7 +239,7 @@ class Arena:
         self.outcome.lives += 1
         life = self._folder / f"life-{self.outcome.lives:04d}"
         life.mkdir()
-        (life / "phases").write_bytes(bytes(self._world_size))
+        (life / "phases").write_bytes(bytes(2 * self._world_size))
         port = _free_port()
         arguments = (self._world_size, port, self._folder, run, life)
         ranks = [
@@ -346,6 +355,7 @@ def describe(outcome: Outcome, world_size: int, seconds: float) -> str:
         "|---|---|",
         *(f"| {phase} | {outcome.kills[phase]} |" for phase in PHASES if outcome.kills[phase]),
         "",
+        f"{outcome.while_writing} of them while checkpoint files were being written",
         f"survived {total if not outcome.faults else 'not all'} of {total}; final state bitwise "
         f"equal in {outcome.rounds if not outcome.faults else 'not all'} of {outcome.rounds}",
     ]
@@ -378,6 +388,7 @@ def main() -> None:
             "ranks": args.ranks,
             "seed": args.seed,
             "kills": dict(outcome.kills),
+            "while_writing": outcome.while_writing,
             "single": outcome.single,
             "noticed": outcome.noticed,
             "lives": outcome.lives,
