@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 train.py --recipe ... --ds_config ...
     python train.py --recipe ... --ds_config ...
 
-Exit codes: 0 done, 1 failed, 2 the input was wrong (the message says what to do).
+Exit codes: 0 done, 1 failed, 2 the input was wrong (the message says what to do), 75 stopped by
+SIGTERM, SIGINT, SIGUSR1 or SIGHUP with everything saved (go on with --resume auto).
 """
 
 from __future__ import annotations

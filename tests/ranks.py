@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,25 @@ import torch
 TIMEOUT_S = 300
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, join: bool = True) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    join: bool = True,
+    preload: Sequence[str] = (),
+) -> list[Any]:
     """Calls `fn(*args)` in `world_size` processes joined by gloo; returns each rank's result.
 
     `fn` must be importable (a module-level function) and its result picklable. With `join` False
     the processes only get a launcher's environment and `fn` makes the group, as training does;
-    otherwise world size 1 runs here, without a process group.
+    otherwise world size 1 runs here, without a process group. With `preload` the processes are
+    forked from one that has imported these modules, once for the whole session.
     """
     if world_size == 1 and join:
         return [fn(*args)]
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver" if preload else "spawn")
+    if preload:
+        context.set_forkserver_preload(list(preload))
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         processes = [

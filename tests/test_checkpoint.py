@@ -1,6 +1,11 @@
 """Checkpoints: whole or not there, no pickles, any world size, damage is named."""
 
+import contextlib
 import json
+import os
+import resource
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,7 @@ from ranks import run_ranks
 from unidec_ds import checkpoint, comm
 from unidec_ds.classifier.storage import Placement
 from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
-from unidec_ds.errors import CheckpointError
+from unidec_ds.errors import CheckpointError, SaveError
 
 ENCODER = {"weight": torch.arange(6.0).reshape(2, 3), "weight.exp_avg": torch.ones(2, 3)}
 
@@ -116,3 +121,115 @@ def test_rows_of_other_labels_are_refused(tmp_path):
     folder = save(tmp_path, 3)
     with pytest.raises(CheckpointError, match="11 labels of width 4; this run has 12"):
         checkpoint.load_rows(folder, checkpoint.read_manifest(folder), make_table(num_labels=12))
+
+
+class KilledError(BaseException):
+    """What a process that is killed in the middle of a save dies of."""
+
+
+def kill_at(monkeypatch, moment):
+    """Lets the `moment`-th change of a folder be the last thing that happens, once it is done."""
+    changes = []
+
+    def dying(owner, name):
+        plain = getattr(owner, name)
+
+        def change(*args, **kwargs):
+            result = plain(*args, **kwargs)
+            changes.append(name)
+            if len(changes) == moment:
+                raise KilledError
+            return result
+
+        monkeypatch.setattr(owner, name, change)
+
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (os, "unlink")):
+        dying(owner, name)
+    return changes
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_newest_checkpoint(tmp_path, monkeypatch):
+    """Also where step 5 is written again, and those of the steps after it are of no more use."""
+    for moment in range(1, 100):
+        run = tmp_path / str(moment)
+        for step in (3, 5, 9):
+            save(run, step, keep=3)
+        (run / "checkpoints" / "latest").write_text("step_00000003\n")  # resumed from there
+        with monkeypatch.context() as patch:
+            changes = kill_at(patch, moment)
+            with contextlib.suppress(KilledError):
+                save(run, 5, seed=1)
+        newest = checkpoint.latest(run)
+        assert checkpoint.find_damage(newest) is None
+        assert newest.name.removesuffix(".replaced") in ("step_00000003", "step_00000005")
+        for folder in checkpoint.newest_first(run):
+            assert checkpoint.find_damage(folder) is None
+        save(run, 7)
+        assert checkpoint.latest(run).name == "step_00000007"
+        names = {path.name.removesuffix(".replaced") for path in (run / "checkpoints").iterdir()}
+        assert names <= {"latest", "step_00000003", "step_00000005", "step_00000007"}
+        if len(changes) < moment:  # nothing was left to be killed
+            assert names == {"latest", "step_00000005", "step_00000007"}
+            assert moment > 5
+            return
+    raise AssertionError("a save that never ends")
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    for step, score in ((3, 40.0), (5, 39.0), (9, 38.0)):
+        save(tmp_path, step, keep=1)
+        if checkpoint.best(tmp_path) is None or score > checkpoint.best(tmp_path).value:
+            checkpoint.write_best(tmp_path, step, "unified P@1", score)
+    assert checkpoint.kept_steps(tmp_path) == [3, 9]
+    best = checkpoint.best(tmp_path)
+    assert (best.name, best.step, best.value) == ("step_00000003", 3, 40.0)
+    assert checkpoint.choose(tmp_path, "best").name == "step_00000003"
+    assert checkpoint.choose(tmp_path, "latest").name == "step_00000009"
+    checkpoint.write_best(tmp_path, 9, "unified P@1", 41.0)
+    save(tmp_path, 12, keep=1)
+    assert checkpoint.kept_steps(tmp_path) == [9, 12]
+
+
+def test_checkpoints_of_an_abandoned_future_go_with_the_next_save(tmp_path):
+    for step in (3, 5, 9):
+        save(tmp_path, step, keep=3)
+    save(tmp_path, 4)  # resumed from step 3
+    assert checkpoint.latest(tmp_path).name == "step_00000004"
+    assert checkpoint.kept_steps(tmp_path) == [3, 4]
+
+
+def assert_full_disk_is_survived(run, expected):
+    with pytest.raises(SaveError, match=r"step 5 could not be written.*step_00000003") as caught:
+        save(run, 5)
+    assert expected in str(caught.value)
+    assert [path.name for path in checkpoint.newest_first(run)] == ["step_00000003"]
+    assert checkpoint.find_damage(checkpoint.latest(run)) is None
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(tmp_path):
+    size = sum(path.stat().st_size for path in save(tmp_path / "size", 3).iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    kilobytes = size // 1024 + 16  # four files of whole pages, and folders; not twice that
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        save(disk, 3)
+        assert_full_disk_is_survived(disk, "No space left on device")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_too_large_for_the_quota_is_like_a_full_disk(tmp_path):
+    save(tmp_path, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(SaveError, match="File too large"):
+            save(tmp_path, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.find_damage(checkpoint.latest(tmp_path)) is None
+    assert [path.name for path in checkpoint.newest_first(tmp_path)] == ["step_00000003"]

@@ -79,6 +79,10 @@ def test_an_unknown_name_lists_the_recipes():
         ({"batches": {"kind": "clustered"}, "mining": {"every_epochs": 0}}, "batches.kind"),
         ({"objective": {"pool": "all"}, "mining": {"every_epochs": 1}}, "mining.every_epochs"),
         ({"objective": {"de": "none"}, "mining": {"every_epochs": 1}}, "mining.every_epochs"),
+        (
+            {"checkpoint": {"keep_best": True}, "evaluation": {"every_epochs": 0}},
+            "checkpoint.keep_best",
+        ),
         ({"objective": {"de": "none", "classifier": "none"}}, "objective"),
     ],
 )

@@ -96,6 +96,39 @@ def test_a_resumed_run_continues_without_gap_or_duplicate(tmp_path):
     assert [event.step for event in events.Scalars("loss/loss")] == list(range(6))
 
 
+def test_what_was_logged_between_two_steps_survives_a_resume_and_is_not_logged_twice(tmp_path):
+    """Evaluated and mined after three steps, saved there, killed two steps later."""
+    bins = [FrequencyBin(name, 0, 9, 5, 8, {"P@1": 5.0, "P@5": 1.0}) for name in ("head", "tail")]
+
+    def between(monitor, score):
+        monitor.log_scalars(3, "mining", {"share_of_epoch": 0.25, "total_s": score})
+        metrics = {"de": {"P@1": score}}
+        monitor.log_evaluation(3, 0, "validation", metrics, {"de": bins})
+
+    monitor = Monitor(tmp_path, 0, 6)
+    for step in range(3):
+        monitor.log_step(record(step))
+    assert not monitor.has_evaluation(3, 0, "validation")
+    between(monitor, 10.0)
+    monitor.flush()
+    for step in (3, 4):
+        monitor.log_step(record(step))
+    monitor.close()
+    resumed = Monitor(tmp_path, 3, 6)
+    assert resumed.has_evaluation(3, 0, "validation")
+    assert not resumed.has_evaluation(3, 1, "validation")
+    between(resumed, 11.0)
+    for step in range(3, 6):
+        resumed.log_step(record(step))
+    resumed.close()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 3, 3, 4, 5]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss/loss")] == list(range(6))
+    for tag, value in (("validation_de/P@1", 10.0), ("mining/total_s", 10.0)):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [(3, value)]
+    assert [e.step for e in events.Images("validation/precision_by_label_frequency")] == [3]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_over_cleanly(tmp_path):
     for _ in range(2):
         monitor = Monitor(tmp_path, 0, 3)

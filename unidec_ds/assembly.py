@@ -210,36 +210,37 @@ class LoadedRun:
     rows: SavedRows
 
 
-def load_run(folder: Path, device: torch.device, corpus: Path | None = None) -> LoadedRun:
-    """Reads back the newest checkpoint of a run directory.
+def load_run(
+    folder: Path, device: torch.device, corpus: Path | None = None, which: str = "latest"
+) -> LoadedRun:
+    """Reads back a checkpoint of a run directory.
 
     Args:
         folder: the run directory.
         device: where the model goes.
         corpus: where the corpus is now; default: where the recipe says.
+        which: "latest", "best" or the checkpoint's folder, see `checkpoint.choose`.
 
     Raises:
-        CheckpointError: no run, no complete checkpoint, or it belongs to another corpus.
+        CheckpointError: no run, no such checkpoint, or it belongs to another corpus.
     """
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(
             f"{folder} is not a run directory: it has no config.yaml; give the --output of train.py"
         )
-    newest = checkpoint.latest(folder)
-    if newest is None:
-        raise CheckpointError(f"{folder} has no complete checkpoint yet")
+    chosen = checkpoint.choose(folder, which)
     overrides = [f"corpus.path={corpus}"] if corpus else None
     recipe = load_recipe(str(folder / "config.yaml"), overrides)
     opened = resolve_corpus(recipe.corpus, recipe.encoder.name, recipe.encoder.max_length)
-    manifest = checkpoint.read_manifest(newest)
+    manifest = checkpoint.read_manifest(chosen)
     if manifest["corpus_fingerprint"] != opened.fingerprint:
         raise CheckpointError(
-            f"{newest} was trained on the corpus {manifest['corpus_fingerprint'][:16]}, but "
+            f"{chosen} was trained on the corpus {manifest['corpus_fingerprint'][:16]}, but "
             f"{opened.path} is {opened.fingerprint[:16]}: its files, tokenizer or text option "
             "have changed since; give the corpus of the run with --corpus"
         )
     model = build_model(recipe, device)
-    tensors = checkpoint.load_tensors(newest, manifest, checkpoint.ENCODER_FILE)
+    tensors = checkpoint.load_tensors(chosen, manifest, checkpoint.ENCODER_FILE)
     model.load_state_dict({name: tensors[name] for name, _ in model.named_parameters()},
                           strict=False)  # fmt: skip
-    return LoadedRun(folder, newest, recipe, opened, model.eval(), SavedRows(newest))
+    return LoadedRun(folder, chosen, recipe, opened, model.eval(), SavedRows(chosen))

@@ -5,35 +5,46 @@
         rows-00000-of-00002.safetensors   one rank's classifier rows and moments
         manifest.json                     step, shapes, size and SHA-256 of every file; last
     RUN/checkpoints/latest                the name of the newest complete one
+    RUN/checkpoints/best.json             which one scored best on validation, with `keep_best`
 
-A checkpoint is written into a folder beside, synced, and renamed when its manifest is in place, so
-that a name without `.partial` is always whole. Tensors are stored by parameter name and by rank of
-the label partition, independent of ZeRO stage and placement; any world size can read them.
+A checkpoint is written into a folder beside, synced, and renamed when its manifest is in place; one
+that is removed loses its manifest first. A folder with a manifest is therefore always whole, at
+every moment at which a process may be killed. Where the same step is written again after a resume,
+the old one stands aside as `step_00000120.replaced` until the new one is in place, and is as good.
+
+Tensors are stored by parameter name and by rank of the label partition, independent of ZeRO stage
+and placement; any world size can read them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unidec_ds import comm
 from unidec_ds.classifier.table import ClassifierTable
-from unidec_ds.errors import CheckpointError
+from unidec_ds.durable import sha256, stream_tensors, sync_folder, write_tensors, write_text
+from unidec_ds.errors import CheckpointError, SaveError
 from unidec_ds.settings import Settings
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 ENCODER_FILE = "encoder.safetensors"
 _MANIFEST = "manifest.json"
-_LATEST = "latest"
+_LATEST, _BEST = "latest", "best.json"
+_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 
 class CheckpointConfig(Settings):
@@ -43,6 +54,28 @@ class CheckpointConfig(Settings):
     """Write one after every n-th step; 0 only at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many to keep; older ones are removed once a new one is complete."""
+    in_background: bool = True
+    """Write files while training goes on, those of `every_steps`. What is on disk is the state at
+    the step of the save; host memory grows by the rows that steps touch meanwhile."""
+    keep_best: bool = False
+    """Keep the one that scores best on the validation queries too, written right after their
+    evaluation (`evaluation.every_epochs`)."""
+    best_metric: Literal["P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@5", "R@10", "R@100"] = "P@1"
+    """What the best is best in: a metric of the last view trained, larger is better."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint that scored best on the validation queries."""
+
+    name: str
+    """Its folder's name."""
+    step: int
+    """Number of steps taken."""
+    metric: str
+    """View and metric, such as "unified P@1"."""
+    value: float
+    """What it scored, in percent."""
 
 
 def save(
@@ -56,49 +89,159 @@ def save(
 ) -> Path:
     """Writes the checkpoint of the state after `step` steps; returns its folder.
 
+    Checkpoints of later steps, which a resume from an earlier one has left behind, are removed.
+
     Args:
         run: the run directory.
         step: number of steps taken.
         encoder_tensors: what `Engine.state` returned; written by rank 0.
-        table: its `state` is written by each rank.
-        keep: checkpoints to keep.
+        table: its rows are written by each rank.
+        keep: checkpoints to keep, beside the best one.
         details: further entries of the manifest (plain data).
 
-    Collectives: two barriers and one gather of file names; every rank must call.
+    Raises:
+        SaveError: on every rank, if one of them could not write, such as to a full disk. What was
+            written is removed, and older checkpoints are as they were.
+
+    Collectives: three gathers of file names; every rank must call.
     """
-    checkpoints = run / "checkpoints"
-    final = checkpoints / f"step_{step:08d}"
-    partial = final.with_suffix(".partial")
-    if comm.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier()
-    written = {}
-    if comm.is_main():
-        written[ENCODER_FILE] = _write(partial / ENCODER_FILE, dict(encoder_tensors))
-    shard = rows_file(comm.rank(), comm.world_size())
-    written[shard] = _write(partial / shard, table.state())
-    files = {name: entry for part in comm.gather_objects(written) for name, entry in part.items()}
-    if comm.is_main():
-        manifest = {
+    return Save(run, step, encoder_tensors, table, keep=keep, details=details).finish()
+
+
+class Save:
+    """A save that writes its files in a thread of its own while steps are taken.
+
+    Arguments, errors and collectives are those of `save`, shared by making it and `finish`; every
+    rank must make one and `finish` it before the next.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        encoder_tensors: Mapping[str, Tensor],
+        table: ClassifierTable,
+        *,
+        keep: int,
+        details: Mapping[str, Any],
+    ) -> None:
+        self._run, self.step, self._keep = run, step, keep
+        self._encoder_tensors, self._snapshot = encoder_tensors, table.snapshot()
+        self._manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
             "world_size": comm.world_size(),
             "num_labels": table.num_labels,
             "width": table.width,
             **details,
-            "files": files,
         }
-        _write_text(partial / _MANIFEST, json.dumps(manifest, indent=2))
-        if final.exists():  # the same step again, after a resume
-            shutil.rmtree(final)
-        partial.rename(final)
-        _write_text(checkpoints / _LATEST, final.name)
-        _sync(checkpoints)
-        for old in sorted(checkpoints.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
-    comm.barrier()
-    return final
+        self._final = place(run, step)
+        self._partial = self._final.with_name(f"{self._final.name}.partial")
+        self._on_rank_0(self._make_folder)
+        worker = ThreadPoolExecutor(1, "checkpoint")
+        self._written = worker.submit(self._write_files)
+        worker.shutdown(wait=False)
+
+    def is_written(self) -> bool:
+        """Returns whether this rank's files are written, or failed to be."""
+        return self._written.done()
+
+    def finish(self) -> Path:
+        """Waits for the files of all ranks and makes them a checkpoint; returns its folder."""
+        files: dict[str, Any] = {}
+        for written in self._on_every_rank(self._written.result):
+            files.update(written)
+        manifest = {**self._manifest, "files": files}
+        self._on_rank_0(lambda: _publish(self._partial, self._final, manifest, self._keep))
+        return self._final
+
+    def _make_folder(self) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+
+    def _write_files(self) -> dict[str, dict[str, Any]]:
+        written = {}
+        if comm.is_main():
+            path = self._partial / ENCODER_FILE
+            written[ENCODER_FILE] = write_tensors(path, self._encoder_tensors)
+        shard = rows_file(comm.rank(), comm.world_size())
+        snapshot = self._snapshot
+        written[shard] = stream_tensors(self._partial / shard, snapshot.shapes(), snapshot.read())
+        return written
+
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        self._on_every_rank(work if comm.is_main() else lambda: None)
+
+    def _on_every_rank(self, work: Callable[[], T]) -> list[T]:
+        """Returns what `work` returned on each rank; raises SaveError on all if one failed."""
+        done, fault = [], ""
+        try:
+            done.append(work())
+        except (OSError, SafetensorError) as error:
+            fault = f"rank {comm.rank()}: {error}"
+        outcomes = comm.gather_objects((done, fault))
+        faults = [fault for _, fault in outcomes if fault]
+        if faults:
+            if comm.is_main():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise SaveError(
+                f"the checkpoint of step {self.step} could not be written to "
+                f"{self._partial.parent}: {'; '.join(faults)}. Last good checkpoint: "
+                f"{latest(self._run) or 'none'}. Free disk space, then go on with --resume auto."
+            )
+        return [result for done, _ in outcomes for result in done]
+
+
+def write_best(run: Path, step: int, metric: str, value: float) -> None:
+    """Notes that the checkpoint of `step` is the best so far; for one rank to call."""
+    best = Best(place(run, step).name, step, metric, value)
+    write_text(run / "checkpoints" / _BEST, json.dumps(asdict(best)))
+
+
+def best(run: Path) -> Best | None:
+    """Returns what `write_best` noted, None if there is nothing or its checkpoint is gone."""
+    try:
+        noted = Best(**json.loads((run / "checkpoints" / _BEST).read_text(encoding="utf-8")))
+        return noted if (run / "checkpoints" / noted.name / _MANIFEST).is_file() else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) -> None:
+    """Gives a checkpoint whose files are written its manifest and its name; removes old ones."""
+    checkpoints = final.parent
+    write_text(partial / _MANIFEST, json.dumps(manifest, indent=2))
+    sync_folder(partial)
+    replaced = final.with_name(f"{final.name}.replaced")
+    if (final / _MANIFEST).is_file():  # the same step again, after a resume
+        _remove(replaced)
+        final.rename(replaced)
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    write_text(checkpoints / _LATEST, final.name)
+    sync_folder(checkpoints)
+    saved = _complete(checkpoints)
+    step = manifest["step"]
+    newest = sorted(other for other in saved if other <= step)[-keep:]
+    spared = {saved[other] for other in newest}
+    noted = best(checkpoints.parent)
+    if noted is not None and noted.step <= step:
+        spared.add(checkpoints / noted.name)
+    for folder in checkpoints.glob("step_*"):
+        if folder not in spared:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; what a kill leaves of it has no manifest, so it is none."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def place(run: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step goes."""
+    return run / "checkpoints" / f"step_{step:08d}"
 
 
 def rows_file(rank: int, world_size: int) -> str:
@@ -113,14 +256,78 @@ def latest(run: Path) -> Path | None:
         folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
         if (folder / _MANIFEST).is_file():
             return folder
-    steps = kept_steps(run)
-    return run / "checkpoints" / f"step_{steps[-1]:08d}" if steps else None
+    saved = _complete(run / "checkpoints")
+    return saved[max(saved)] if saved else None
 
 
 def kept_steps(run: Path) -> list[int]:
     """Returns the steps of a run's complete checkpoints, ascending."""
-    found = (run / "checkpoints").glob("step_*[0-9]/" + _MANIFEST)
-    return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+    return sorted(_complete(run / "checkpoints"))
+
+
+def newest_first(run: Path) -> list[Path]:
+    """Returns a run's complete checkpoints: `latest`, then the older ones."""
+    newest, saved = latest(run), _complete(run / "checkpoints")
+    older = [saved[step] for step in sorted(saved, reverse=True) if saved[step] != newest]
+    if newest is None:
+        return []
+    return [newest, *(folder for folder in older if _step_of(folder) <= _step_of(newest))]
+
+
+def choose(run: Path, which: str) -> Path:
+    """Returns a complete checkpoint of a run.
+
+    Args:
+        run: the run directory.
+        which: "latest", "best" or the checkpoint's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if which == "latest":
+        newest = latest(run)
+        if newest is None:
+            raise CheckpointError(f"{run} has no complete checkpoint yet")
+        return newest
+    if which == "best":
+        noted = best(run)
+        if noted is None:
+            raise CheckpointError(
+                f"{run} kept no best checkpoint; train with checkpoint.keep_best true, "
+                "evaluation.every_epochs above 0 and validation queries"
+            )
+        return run / "checkpoints" / noted.name
+    if not (Path(which) / _MANIFEST).is_file():
+        raise CheckpointError(f"{which} is no complete checkpoint; needs latest, best or a folder")
+    return Path(which)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Reads all of a checkpoint; returns what is wrong with it, the same on every rank.
+
+    Collectives: one gather of small objects; the ranks share the files among them.
+    """
+    try:
+        manifest, fault = read_manifest(checkpoint), None
+        for name in sorted(manifest["files"])[comm.rank() :: comm.world_size()]:
+            _verify(checkpoint / name, manifest)
+    except (CheckpointError, OSError) as error:
+        fault = str(error)
+    return next((found for found in comm.gather_objects(fault) if found), None)
+
+
+def _complete(checkpoints: Path) -> dict[int, Path]:
+    """Returns the folders of complete checkpoints by step."""
+    found: dict[int, Path] = {}
+    for manifest in sorted(checkpoints.glob(f"step_*/{_MANIFEST}"), reverse=True):
+        if _NAME.fullmatch(manifest.parent.name):  # "step_X" comes after "step_X.replaced"
+            found[_step_of(manifest.parent)] = manifest.parent
+    return found
+
+
+def _step_of(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -156,31 +363,48 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def has_all_files(checkpoint: Path) -> bool:
+    """Returns whether `read_manifest` finds nothing wrong."""
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
 def manifest_digest(checkpoint: Path) -> str:
     """Returns the SHA-256 of a checkpoint's manifest, which names that of each of its files.
 
     It tells checkpoints apart, also those of the same step in two runs.
     """
-    return _sha256(checkpoint / _MANIFEST)
+    return sha256(checkpoint / _MANIFEST)
 
 
-def load_tensors(checkpoint: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Returns the tensors of one of a checkpoint's files, memory-mapped, checksum verified.
+def load_tensors(
+    checkpoint: Path, manifest: Mapping[str, Any], name: str, *, verify: bool = True
+) -> dict[str, Tensor]:
+    """Returns the tensors of one of a checkpoint's files, memory-mapped.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        manifest: its manifest.
+        name: the file's name.
+        verify: read the file through and compare its checksum first.
 
     Raises:
         CheckpointError: the file is not what its manifest says.
     """
-    path = checkpoint / name
-    if (found := _sha256(path)) != manifest["files"][name]["sha256"]:
-        raise CheckpointError(
-            f"{path} is damaged: SHA-256 {found[:16]}..., its manifest says "
-            f"{manifest['files'][name]['sha256'][:16]}...; use another checkpoint of the run"
-        )
-    return load_file(path)
+    if verify:
+        _verify(checkpoint / name, manifest)
+    return load_file(checkpoint / name)
 
 
-def load_rows(checkpoint: Path, manifest: Mapping[str, Any], table: ClassifierTable) -> None:
+def load_rows(
+    checkpoint: Path, manifest: Mapping[str, Any], table: ClassifierTable, *, verify: bool = True
+) -> None:
     """Fills this rank's table from the shards of a checkpoint made at any world size.
+
+    `verify` is as for `load_tensors`.
 
     Raises:
         CheckpointError: the checkpoint has other labels or another width.
@@ -194,40 +418,18 @@ def load_rows(checkpoint: Path, manifest: Mapping[str, Any], table: ClassifierTa
     saved_ranks = manifest["world_size"]
     if saved_ranks == comm.world_size():
         name = rows_file(comm.rank(), saved_ranks)
-        table.load_state(load_tensors(checkpoint, manifest, name))
+        table.load_state(load_tensors(checkpoint, manifest, name, verify=verify))
         return
     for rank in range(saved_ranks):
-        shard = load_tensors(checkpoint, manifest, rows_file(rank, saved_ranks))
+        name = rows_file(rank, saved_ranks)
+        shard = load_tensors(checkpoint, manifest, name, verify=verify)
         table.load_shard(shard, rank, saved_ranks)
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
+    needed = manifest["files"][path.name]["sha256"]
+    if (found := sha256(path)) != needed:
+        raise CheckpointError(
+            f"{path} is damaged: SHA-256 {found[:16]}..., its manifest says {needed[:16]}...; use "
+            "another checkpoint of the run"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -11,22 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unidec_ds.errors import UserError
+from unidec_ds.errors import StoppedError, StopRequestedError, UserError
 
 if TYPE_CHECKING:
     import torch
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def exit_with_message(main: Callable[[], None]) -> int:
-    """Runs `main` and returns the exit code: 0 done, 1 failed, 2 the input was wrong.
+    """Runs `main` and returns the exit code: 0 done, 1 failed, 2 the input was wrong, 75 stopped.
 
-    A user's mistake is printed once, by rank 0, without a traceback.
+    What the message says in full (a user's mistake, why a run stopped, a full disk) is printed
+    without a traceback; what all ranks raise alike, by rank 0 alone.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, StoppedError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            prefix = "" if isinstance(error, StopRequestedError) else "error: "
+            print(f"{prefix}{error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,7 +39,10 @@ def exit_with_message(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_IS_FULL:
+            print(f"error: the disk is full: {error}; free disk space", file=sys.stderr)
+            return 1
         rank = os.environ.get("RANK", "0")
         sys.stderr.write("".join(f"[rank {rank}] {line}" for line in
                                  traceback.format_exc().splitlines(keepends=True)))  # fmt: skip
@@ -73,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=["test", "validation"], default="test")
     evaluate.add_argument("--view", choices=["de", "classifier", "unified"], help="default: all")
     evaluate.add_argument("--corpus", type=Path, help="where the corpus is now")
+    _add_checkpoint(evaluate)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the metrics here too")
     evaluate.set_defaults(run_command=_evaluate)
 
@@ -104,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--batch-size", type=int, default=256, help="texts at once")
     predict.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
     predict.add_argument("--corpus", type=Path, help="where the corpus is now")
+    _add_checkpoint(predict)
     predict.add_argument("--json", action="store_true", help="one JSON object per text")
     predict.set_defaults(run_command=_predict)
 
@@ -128,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--license", metavar="ID", help="of the model, such as apache-2.0")
     export.add_argument("--corpus", type=Path, help="where the corpus is now")
+    _add_checkpoint(export)
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(run_command=_export)
 
@@ -140,6 +151,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", type=Path, metavar="FILE")
     score.set_defaults(run_command=_score)
     return parser
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="latest|best|PATH",
+        help="which of the run's (best: on validation, see checkpoint.keep_best; default: latest)",
+    )
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -176,7 +196,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from unidec_ds.run import read_unified_weight
     from unidec_ds.unified import TUNED_VIEW
 
-    run = load_run(args.run, _device(), args.corpus)
+    run = load_run(args.run, _device(), args.corpus, args.checkpoint)
     views = trained_views(run.recipe)
     if args.view:
         if args.view not in views:
@@ -219,7 +239,8 @@ def _predict(args: argparse.Namespace) -> None:
         view=args.view,
         index=parse_index(args.index),
         new_labels=args.new_labels,
-        weight_de=_weight_de(args.weight_de, args.run),
+        weight_de=_weight_de(args.weight_de, args.run, args.checkpoint),
+        checkpoint=args.checkpoint,
     )
     if args.input is None:
         converse(predictor, k=args.k)
@@ -240,17 +261,17 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(args.run, args.out))
 
 
-def _weight_de(text: str, run: Path) -> float:
-    from unidec_ds.checkpoint import latest
+def _weight_de(text: str, run: Path, which: str) -> float:
+    from unidec_ds.checkpoint import choose
     from unidec_ds.run import read_unified_weight
 
     if text == "tuned":
-        newest = latest(run)
-        tuned = read_unified_weight(run, newest) if newest else None
+        chosen = choose(run, which)
+        tuned = read_unified_weight(run, chosen)
         if tuned is None:
             raise UserError(
-                f"--weight-de tuned: {run / 'evaluation.json'} names no weight for the newest "
-                "checkpoint; one is chosen at the end of training where the recipe keeps "
+                f"--weight-de tuned: {run / 'evaluation.json'} names no weight for {chosen.name}; "
+                "one is chosen at the end of training where the recipe keeps "
                 "validation queries (corpus.validation_fraction); give a number instead"
             )
         return tuned
@@ -285,7 +306,10 @@ def _export(args: argparse.Namespace) -> None:
         license_id=args.license or None,
     )
     export_run(
-        load_run(args.run, _device(), args.corpus), args.out, config, overwrite=args.overwrite
+        load_run(args.run, _device(), args.corpus, args.checkpoint),
+        args.out,
+        config,
+        overwrite=args.overwrite,
     )
     print(f"{args.out}: {args.format}; how to use it is in {args.out / 'README.md'}")
 

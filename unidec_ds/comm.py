@@ -5,7 +5,8 @@ many ranks there are. The process group itself is made by `engine`, through Acce
 
 Collectives must be called by every rank, in the same order. A training step uses
 `all_gather_rows` once, `combine_logsumexp` once per head, `all_reduce_sum` for the logged loss
-and `any_true` for the finite check: O(B·D) bytes, independent of the pool and of L.
+and `any_true` for the finite check and requests to stop: O(B·D) bytes, independent of the pool and
+of L.
 
 Shape legend: B queries of the global batch, D width, W ranks, n rows of one rank.
 """
@@ -84,11 +85,12 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return total
 
 
-def any_true(flag: bool, device: torch.device) -> bool:
-    """Returns whether `flag` holds on any rank. Collectives: one all-reduce of 4 bytes."""
+def any_true(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Returns, for each flag, whether it holds on any rank. Collectives: one all-reduce."""
     if not is_distributed():
-        return flag
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0)
+        return list(flags)
+    counts = all_reduce_sum(torch.tensor(flags, dtype=torch.float32, device=device))
+    return [count > 0 for count in counts.tolist()]
 
 
 def all_gather_rows(local_nD: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -53,6 +53,9 @@ class TrainConfig(Settings):
     """Most bytes of one block of logits."""
     log_every_steps: Annotated[int, Field(ge=1)] = 1
     """Write the training scalars every n-th step."""
+    deterministic: bool = False
+    """Use torch's deterministic kernels only, and fail where there is none: two runs on the same
+    kind of GPU then agree to the last bit. On CPUs they do in any case."""
 
 
 class Recipe(Settings):
@@ -85,6 +88,13 @@ class Recipe(Settings):
             faults.append(
                 "mining.every_epochs: mining searches with the dual encoder, which objective.de "
                 "none leaves untrained; set it to 0"
+            )
+        if self.checkpoint.keep_best and not (
+            self.evaluation.every_epochs and self.corpus.validation_fraction
+        ):
+            faults.append(
+                "checkpoint.keep_best: needs validation queries and their evaluation; set "
+                "corpus.validation_fraction and evaluation.every_epochs above 0"
             )
         if faults:
             raise ValueError("\n".join(faults))

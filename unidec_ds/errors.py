@@ -1,7 +1,8 @@
-"""The errors that a user's input can cause.
+"""The errors whose message is all that people need.
 
-Every message says what was found, what was needed and what to do. `train.py` and `unidec-ds`
-print it without a traceback and leave with exit code 2; any other exception is our own fault
+A `UserError` is caused by what a user gave and says what was found, what was needed and what to do;
+exit code 2. A `StoppedError` ends a run that was going well and says why and how it goes on.
+`train.py` and `unidec-ds` print both without a traceback; any other exception is our own fault
 and leaves with exit code 1 and a traceback.
 """
 
@@ -35,3 +36,27 @@ class CorpusError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or a run directory is missing, damaged or does not belong here."""
+
+
+class StoppedError(RuntimeError):
+    """A run stopped; raised on every rank alike, so that all of them leave in order."""
+
+    exit_code = 1
+
+
+class SaveError(StoppedError):
+    """A checkpoint could not be written; the one before it is intact."""
+
+
+class NonFiniteError(StoppedError):
+    """A loss or gradient is not finite; no classifier row was updated and nothing was saved."""
+
+
+class StopRequestedError(StoppedError):
+    """A signal asked the run to stop; its state is saved.
+
+    The exit code is sysexits' EX_TEMPFAIL, not 128 + signal: that is how a shell reports a process
+    that a signal ended before it could save.
+    """
+
+    exit_code = 75

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from unidec_ds import checkpoint, comm
 from unidec_ds.assembly import trained_views
@@ -20,6 +23,7 @@ from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import DsConfig, load_ds_config
 from unidec_ds.encoders import check_encoder
 from unidec_ds.engine import check_launch, launched_rank, launched_world_size, start_engine
+from unidec_ds.errors import StoppedError
 from unidec_ds.evaluation import Evaluation, format_breakdown, format_table
 from unidec_ds.projector import embed_some_labels
 from unidec_ds.run import (
@@ -30,6 +34,7 @@ from unidec_ds.run import (
     choose_checkpoint,
     finished_report,
     read_json,
+    verified_checkpoint,
     write_evaluation,
     write_json,
     write_run,
@@ -50,6 +55,8 @@ class Job:
     run: Path
     resume_from: Path | None
     warm_start: WarmStart | None = None
+    is_auto: bool = False
+    """Whether a damaged checkpoint may be passed over for the one before it."""
 
 
 def prepare_job(
@@ -78,20 +85,29 @@ def prepare_job(
         show_progress=launched_rank() == 0,
     )
     warm_start = choose_warm_start(run, init_from, resume, resume_from, recipe, corpus)
-    return Job(recipe, ds_config, corpus, run, resume_from, warm_start)
+    return Job(recipe, ds_config, corpus, run, resume_from, warm_start, resume == "auto")
 
 
 def run_job(job: Job) -> None:
     """Joins the other ranks, trains, evaluates, and prints the result on rank 0.
 
     A run that is already finished is only reported.
+
+    Raises:
+        StoppedError: on every rank; a signal came, a number is not finite, or the disk is full.
     """
     report = finished_report(job.run, job.resume_from)
     if report is not None:
         if launched_rank() == 0:
             print(f"{job.run} is finished\n\n{report}")
         return
+    if job.recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     engine = start_engine(job.ds_config, job.recipe.train.batch_size)
+    resume_from = job.resume_from
+    if resume_from is not None:
+        resume_from = verified_checkpoint(job.run, resume_from, job.is_auto)
     if comm.is_main():
         if job.warm_start is not None:
             print(job.warm_start.describe())
@@ -104,12 +120,17 @@ def run_job(job: Job) -> None:
         job.corpus,
         engine,
         job.run,
-        resume_from=job.resume_from,
+        resume_from=resume_from,
         warm_start=job.warm_start,
     )
     try:
         trainer.fit()
         report = evaluate_and_report(trainer)
+    except StoppedError:  # every rank's
+        with suppress(OSError):  # it may say already that the disk is full
+            trainer.monitor.close()
+        engine.close()
+        raise
     finally:
         trainer.monitor.close()
     if comm.is_main():

@@ -1,9 +1,12 @@
 """What a run tells people: TensorBoard, `metrics.jsonl`, a progress bar, and step timers.
 
 Only rank 0 writes. `metrics.jsonl` and TensorBoard hold the same scalars; the JSON names are the
-contract other programs rely on, the TensorBoard tags group them. A resumed run continues both
-without a gap or a duplicate: lines of the steps that will run again are cut off, and TensorBoard
-is told to purge them.
+contract other programs rely on, the TensorBoard tags group them.
+
+A resumed run continues both without a gap or a duplicate. With s steps taken, the steps from s on
+will run again: their lines are cut off, and TensorBoard is told to purge everything from s on. What
+was logged at s before the kill but is not of a step (the evaluation or the mining between two
+epochs) stays in the file and is drawn again for TensorBoard, and is not logged a second time.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +53,24 @@ class Monitor:
     def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
         self._writer: Any = None
         self._bar: Any = None
+        self._kept: list[dict[str, Any]] = []  # records at `first_step` of before a resume
         if not comm.is_main():
             return
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         self._jsonl = folder / "metrics.jsonl"
-        _keep_steps_before(self._jsonl, first_step)
+        self._kept = _keep_steps_before(self._jsonl, first_step)
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        for record in self._kept:
+            self._draw(record)
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc="training", unit=" steps", smoothing=0.05
         )
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Writes one training step's scalars; `record` has at least step, epoch and loss."""
-        if self._writer is None:
-            return
-        self._append(record)
-        step = record["step"]
-        for name, value in record.items():
-            if name in _TAGS:
-                self._writer.add_scalar(_TAGS[name], value, step)
-        for name, seconds in record.get("time_s", {}).items():
-            self._writer.add_scalar(f"step_time/{name}", seconds, step)
+        self._log(record)
 
     def log_evaluation(
         self,
@@ -82,25 +81,21 @@ class Monitor:
         breakdown: Mapping[str, Sequence[FrequencyBin]] | None = None,
     ) -> None:
         """Writes an evaluation's metrics, by view, and draws its parts by label frequency."""
-        if self._writer is None:
-            return
-        self._append({"step": step, "epoch": epoch, "split": split, "evaluation": metrics})
-        for view, values in metrics.items():
-            for name, value in values.items():
-                self._writer.add_scalar(f"{split}_{view}/{name}", value, step)
+        record = {"step": step, "epoch": epoch, "split": split, "evaluation": metrics}
         if breakdown:
-            image = frequency_image(breakdown, title=f"{split}, step {step:,}")
-            tag = f"{split}/precision_by_label_frequency"
-            self._writer.add_image(tag, image, step, dataformats="HWC")
-        self._writer.flush()
+            record["breakdown"] = {v: [asdict(part) for part in b] for v, b in breakdown.items()}
+        self._log(record)
+
+    def has_evaluation(self, step: int, epoch: int, split: str) -> bool:
+        """Returns, on every rank alike, whether an evaluation was logged before a resume."""
+        wanted = (step, epoch, split)
+        return comm.broadcast_object(
+            any((r["step"], r.get("epoch"), r.get("split")) == wanted for r in self._kept)
+        )
 
     def log_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Writes other scalars, such as what a mining refresh took."""
-        if self._writer is None:
-            return
-        self._append({"step": step, **{f"{group}_{name}": v for name, v in values.items()}})
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, step)
+        """Writes other scalars, such as what a mining refresh took. `group` is one word."""
+        self._log({"step": step, **{f"{group}_{name}": v for name, v in values.items()}})
 
     def log_text(self, step: int, tag: str, text: str) -> None:
         """Writes Markdown, for TensorBoard's text page."""
@@ -140,15 +135,50 @@ class Monitor:
         if self._bar is not None:
             self._bar.write(message)
 
+    def flush(self) -> None:
+        """Makes what was logged durable; before a checkpoint, after which no step runs again."""
+        if self._writer is not None:
+            self._writer.flush()
+            with self._jsonl.open("a") as file:
+                os.fsync(file.fileno())
+
     def close(self) -> None:
         """Ends the bar and flushes the files."""
-        if self._writer is not None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
             self._bar.close()
-            self._writer.close()
+            writer.close()
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _log(self, record: dict[str, Any]) -> None:
+        if self._writer is None or any(_is_same(record, kept) for kept in self._kept):
+            return
         with self._jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        self._draw(record)
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        """Gives TensorBoard what a record says."""
+        step = record["step"]
+        if "loss" in record:
+            scalars = {_TAGS[name]: value for name, value in record.items() if name in _TAGS}
+            scalars.update({f"step_time/{k}": v for k, v in record.get("time_s", {}).items()})
+        elif "evaluation" in record:
+            scalars = {
+                f"{record['split']}_{view}/{name}": value
+                for view, metrics in record["evaluation"].items()
+                for name, value in metrics.items()
+            }
+        else:
+            scalars = {name.replace("_", "/", 1): v for name, v in record.items() if name != "step"}
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, step)
+        if "breakdown" in record:
+            bins = {v: [FrequencyBin(**b) for b in c] for v, c in record["breakdown"].items()}
+            image = frequency_image(bins, title=f"{record['split']}, step {step:,}")
+            tag = f"{record['split']}/precision_by_label_frequency"
+            self._writer.add_image(tag, image, step, dataformats="HWC")
+        if "evaluation" in record:
+            self._writer.flush()
 
 
 class StepTimer:
@@ -187,19 +217,30 @@ def device_memory_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
-def _keep_steps_before(path: Path, first_step: int) -> None:
-    """Drops the records of steps that will run again, and a last line cut short by a kill."""
+def _is_same(record: dict[str, Any], kept: dict[str, Any]) -> bool:
+    """Returns whether a record says anew what was said before a resume."""
+    about = ("step", "epoch", "split")
+    return record.keys() == kept.keys() and all(record.get(k) == kept.get(k) for k in about)
+
+
+def _keep_steps_before(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Drops the records of steps that will run again, and a last line cut short by a kill.
+
+    Returns:
+        The records left that were logged at `first_step`, between two steps. A run that starts
+        over keeps none.
+    """
+    kept: list[dict[str, Any]] = []
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return kept
+    for line in path.read_text(encoding="utf-8").splitlines() if first_step else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
-        at_boundary = "loss" not in record and record["step"] == first_step
-        if record["step"] < first_step or at_boundary:
-            kept.append(line)
+        if record["step"] < first_step or (record["step"] == first_step and "loss" not in record):
+            kept.append(record)
     beside = path.with_suffix(".jsonl.new")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     beside.replace(path)
+    return [record for record in kept if record["step"] == first_step]

@@ -28,10 +28,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unidec_ds import checkpoint
+from unidec_ds import checkpoint, comm
 from unidec_ds.config import Recipe, load_recipe, write_recipe
 from unidec_ds.ds_config import DsConfig
-from unidec_ds.errors import UserError
+from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import Evaluation, format_table
 from unidec_ds.unified import TUNED_VIEW
 
@@ -54,12 +54,14 @@ def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | N
 
     Args:
         run: the run directory.
-        resume: None, "auto" (the run's newest checkpoint, or a new run), or a checkpoint's folder.
+        resume: None, "auto" (the run's newest checkpoint with all its files, or a new run), or a
+            checkpoint's folder. Checksums are for `verified_checkpoint` to compare.
         recipe: what is to be trained.
 
     Raises:
-        UserError: `run` holds a run and `resume` was not given; the checkpoint is not there; or
-            the recipe differs from the one it was made with.
+        UserError: `run` holds a run and `resume` was not given; the checkpoint is not there or
+            lacks a file, with "auto" each of them does; or the recipe differs from the one it was
+            made with.
     """
     if resume is None:
         if (run / "config.yaml").exists():
@@ -68,11 +70,14 @@ def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | N
                 "another --output"
             )
         return None
-    chosen = checkpoint.latest(run) if resume == "auto" else Path(resume)
-    if chosen is None:
+    candidates = checkpoint.newest_first(run) if resume == "auto" else [Path(resume)]
+    if not candidates:
         return None
-    if not chosen.is_dir():
-        raise UserError(f"--resume: there is no checkpoint {chosen}; needs a folder or `auto`")
+    if not candidates[0].is_dir():
+        raise UserError(
+            f"--resume: there is no checkpoint {candidates[0]}; needs a folder or `auto`"
+        )
+    chosen = next((c for c in candidates if checkpoint.has_all_files(c)), candidates[0])
     checkpoint.read_manifest(chosen)
     before = chosen.parent.parent / "config.yaml"
     if before.is_file():
@@ -84,6 +89,35 @@ def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | N
                 "anew with another --output."
             )
     return chosen
+
+
+def verified_checkpoint(run: Path, chosen: Path, is_auto: bool) -> Path:
+    """Returns the checkpoint to resume from, every byte of it as it was written.
+
+    Args:
+        run: the run directory.
+        chosen: what `choose_checkpoint` returned.
+        is_auto: whether a damaged one may be passed over, with a warning, for the one before it.
+
+    Raises:
+        CheckpointError: on every rank; `chosen` is damaged, with `is_auto` each of the run is.
+
+    Collectives: one gather a checkpoint read; every rank must call.
+    """
+    damage: list[str] = []
+    for candidate in checkpoint.newest_first(run) if is_auto else [chosen]:
+        fault = checkpoint.find_damage(candidate)
+        if fault is None:
+            if damage and comm.is_main():
+                print(
+                    "WARNING: " + "\n  ".join(damage) + f"\n  Goes on from {candidate} instead; "
+                    "the steps after it run again.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return candidate
+        damage.append(fault)
+    raise CheckpointError("--resume: no checkpoint is whole.\n  " + "\n  ".join(damage))
 
 
 def finished_report(run: Path, resume_from: Path | None) -> str | None:
@@ -100,7 +134,9 @@ def finished_report(run: Path, resume_from: Path | None) -> str | None:
 def write_run(run: Path, recipe: Recipe, ds_config: DsConfig) -> None:
     """Writes the files that describe a run, before its first step."""
     run.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, run / "config.yaml")
+    beside = run / "config.yaml.new"  # a kill must not leave half of what a resume compares
+    write_recipe(recipe, beside)
+    beside.replace(run / "config.yaml")
     write_json(run / "ds_config.json", ds_config.content)
     write_json(run / "environment.json", environment())
 
@@ -188,7 +224,7 @@ def read_unified_weight(run: Path, newest: Path) -> float | None:
 
     Args:
         run: the run directory.
-        newest: its newest checkpoint.
+        newest: the checkpoint in use.
 
     Returns:
         None if there is no final report of that checkpoint, or it chose none.

@@ -41,20 +41,20 @@ from unidec_ds.data.pairs import Ids
 from unidec_ds.data.prefetch import Prefetcher
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.engine import Engine
+from unidec_ds.errors import StopRequestedError
 from unidec_ds.evaluation import Evaluation
+from unidec_ds.finite import Fault, stop_non_finite
+from unidec_ds.interruption import StopRequests
 from unidec_ds.losses import HeadLoss, head_loss
 from unidec_ds.mining.miner import Miner
 from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
 from unidec_ds.run import WARM_START, read_json, write_json, write_untrained
+from unidec_ds.saver import Saver
 from unidec_ds.unified import UnifiedWeight
 from unidec_ds.unit_rows import unit_rows
 from unidec_ds.warm_start import WarmStart, start_rows_from_texts
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; raised on every rank before any row is updated."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Trainer:
         corpus: prepared with the recipe's tokenizer.
         engine: started, without a model.
         run: the run directory.
-        resume_from: a complete checkpoint, or None to start anew.
+        resume_from: a checkpoint found to be whole, or None to start anew.
         warm_start: what to start anew from, None for the pretrained encoder.
     """
 
@@ -120,15 +120,16 @@ class Trainer:
             eps=recipe.optimizer.eps,
             weight_decay=recipe.optimizer.weight_decay,
         )
-        train_ids, self.validation_ids = split_train_queries(corpus, recipe)
-        self.train_ids = train_ids
-        self.planner = make_planner(corpus, recipe, train_ids)
+        self.train_ids, self.validation_ids = split_train_queries(corpus, recipe)
+        self.planner = make_planner(corpus, recipe, self.train_ids)
         steps = self.planner.steps_per_epoch * recipe.train.epochs
         self.total_steps = min(steps, recipe.train.max_steps or steps)
         self.step = 0
-        self._saved_step: int | None = None
+        details = {"corpus_fingerprint": corpus.fingerprint, "total_steps": self.total_steps}
+        self.saver = Saver(run, recipe.checkpoint, engine, self.table, details)
+        self.stop_requests = StopRequests()
         if resume_from is not None:
-            self._restore(resume_from)
+            self.step = self.saver.restore(resume_from)
         elif warm_start is not None:
             warm_start.load_model(engine)
             cosine = recipe.objective.classifier_logits == "cosine"
@@ -138,26 +139,31 @@ class Trainer:
             start_rows_from_texts(self.model, self.table, corpus, with_text)
         self._is_warm = warm_start is not None
         self.monitor = Monitor(run, self.step, self.total_steps)
-        self.miner = Miner(
-            recipe, self.model, corpus, train_ids, run, self.monitor, first_step=self.step
-        )
+        self.miner = Miner(recipe, self.model, corpus, self.train_ids, run, self.monitor, self.step)
 
     # ------------------------------------------------------------------ the run
 
     def fit(self) -> None:
         """Trains to the last step, evaluating, mining and saving on the way."""
-        if self.step == 0:
-            self._evaluate_start()
-        while self.step < self.total_steps:
-            epoch = self.step // self.planner.steps_per_epoch
-            self.planner = self.miner.refresh(self.planner, epoch, self.step)
-            epoch_end = min((epoch + 1) * self.planner.steps_per_epoch, self.total_steps)
-            with Prefetcher(self._make_batch, self.step, epoch_end) as batches:
-                for _ in range(self.step, epoch_end):
-                    self._step(batches)
-            self._after_epoch(epoch)
-        if self._saved_step != self.step:
+        with self.stop_requests:
+            if self.step == 0:
+                self._evaluate_start()
+            elif self.step % self.planner.steps_per_epoch == 0 or self.step == self.total_steps:
+                self._evaluate_epoch((self.step - 1) // self.planner.steps_per_epoch)
+            while self.step < self.total_steps:
+                epoch = self.step // self.planner.steps_per_epoch
+                self.planner = self.miner.refresh(self.planner, epoch, self.step)
+                self._stop_if_asked()
+                epoch_end = min((epoch + 1) * self.planner.steps_per_epoch, self.total_steps)
+                with Prefetcher(self._make_batch, self.step, epoch_end) as batches:
+                    for _ in range(self.step, epoch_end):
+                        self._step(batches)
+                self.saver.finish()
+                self.miner.log_share(self.step)
+                self._evaluate_epoch(epoch)
+                self._stop_if_asked()
             self._save()
+            self._stop_if_asked()
 
     def train_step(
         self, batch: Batch, timer: StepTimer, upcoming: Batch | None = None
@@ -201,12 +207,18 @@ class Trainer:
             weights = objective.head_weights
             share = torch.stack([weights[name] * heads[name].total for name in weights]).sum()
             losses = self._sum_shares(share, heads)
-        self._stop_unless_finite("loss", losses["loss"], batch)
+        if not math.isfinite(losses["loss"]):
+            self.saver.finish()
+            fault = Fault("loss", losses["loss"], self.step, checkpoint.latest(self.run))
+            stop_non_finite(fault, batch, embeddings, rows_PD, share)
         with timer.part("backward"):
             self.engine.backward(share)
         with timer.part("update"):
             grad_norm = self.engine.step()
-            self._stop_unless_finite("gradient norm", self._worst_norm(grad_norm, rows_PD), batch)
+            if self._is_bad_on_any_rank(grad_norm, rows_PD):
+                self.saver.finish()
+                fault = Fault("gradient norm", grad_norm, self.step, checkpoint.latest(self.run))
+                stop_non_finite(fault, batch, embeddings, rows_PD, share)
             if objective.classifier != "none":
                 self.table.apply(rows_PD, lr=rates.row)
             self.miner.keep_vectors(batch, embeddings, self.step)
@@ -241,8 +253,9 @@ class Trainer:
     def _classifier_logit_sides(
         self, queries_BD: Tensor, rows_PD: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        if self.recipe.model.row_dropout:
-            rows_PD = rows_PD * self._row_mask(batch)
+        if rate := self.recipe.model.row_dropout:
+            num_labels = len(batch.plan.label_ids)
+            rows_PD = rows_PD * self._mask("rows", rate, num_labels, batch.own_pool)
         if self.recipe.objective.classifier_logits == "cosine":
             return unit_rows(queries_BD), unit_rows(rows_PD)
         return queries_BD, rows_PD
@@ -260,10 +273,6 @@ class Trainer:
             self._mask("label de", rate, num_labels, batch.own_pool_with_text),
         )
 
-    def _row_mask(self, batch: Batch) -> Tensor:
-        rate = self.recipe.model.row_dropout
-        return self._mask("rows", rate, len(batch.plan.label_ids), batch.own_pool)
-
     def _mask(self, site: str, rate: float, num_rows: int, own: Ids) -> Tensor:
         seed = seed_of(self.recipe.train.seed, f"dropout {site}", self.step)
         return dropout_mask(seed, rate, num_rows, own, self.model.width, self.device)
@@ -279,26 +288,19 @@ class Trainer:
         totals = comm.all_reduce_sum(torch.stack([part.detach() for part in parts.values()]))
         return dict(zip(parts, totals.tolist(), strict=True))  # waits for the device
 
-    def _worst_norm(self, grad_norm: float, rows_PD: Tensor) -> float:
-        """Scales the rows' gradient; returns NaN on every rank if it is not finite on any."""
+    def _is_bad_on_any_rank(self, grad_norm: float, rows_PD: Tensor) -> bool:
+        """Scales the rows' gradient; returns whether it or the norm is not finite on any rank.
+
+        The ranks also tell each other whether they were asked to stop or are still saving.
+        """
         bad = not math.isfinite(grad_norm)
         if rows_PD.grad is not None:
             if self.engine.row_gradient_scale != 1:
                 rows_PD.grad.mul_(self.engine.row_gradient_scale)
             bad = bad or not bool(torch.linalg.vector_norm(rows_PD.grad).isfinite())
-        return math.nan if comm.any_true(bad, self.device) else grad_norm
-
-    def _stop_unless_finite(self, what: str, value: float, batch: Batch) -> None:
-        if math.isfinite(value):
-            return
-        last = checkpoint.latest(self.run)
-        raise NonFiniteError(
-            f"the {what} of step {self.step} is {value}; no classifier row was updated and nothing "
-            f"was saved. Queries of the step: {batch.plan.query_ids[:8].tolist()}... "
-            f"({len(batch.plan.query_ids)}), labels: {batch.plan.label_ids[:8].tolist()}... "
-            f"({len(batch.plan.label_ids)}). Last good checkpoint: {last or 'none'}. Try lower "
-            "learning rates, a longer warm-up, or gradient_clipping in the ds_config."
-        )
+        flags = [bad, self.saver.is_writing()]
+        is_bad, self.saver.is_writing_anywhere = self.stop_requests.exchange(flags, self.device)
+        return is_bad
 
     # ------------------------------------------------------------------ around the steps
 
@@ -326,45 +328,54 @@ class Trainer:
             self.monitor.log_step(record)
         self.step += 1
         self.monitor.advance(result.losses["loss"], record["texts_per_s"])
+        self.saver.finish_if_written()
         every = self.recipe.checkpoint.every_steps
         if every and self.step % every == 0 and self.step < self.total_steps:
-            self._save()
+            self._flush()
+            self.saver.begin(self.step)
+        self._leave_if_asked()
 
-    def _after_epoch(self, epoch: int) -> None:
-        self.miner.log_share(self.step)
+    def _evaluate_epoch(self, epoch: int) -> None:
+        """Evaluates after an epoch, unless it was done before a resume, and keeps the best."""
         every = self.recipe.evaluation.every_epochs
-        if every and (epoch + 1) % every == 0 and len(self.validation_ids):
-            result = self.evaluate("validation")
-            self.monitor.log_evaluation(
-                self.step, epoch, "validation", result.metrics, result.breakdown
-            )
-            best = list(result.metrics)[-1]
-            figures = ", ".join(
-                f"{k} {result.metrics[best][k]:.2f}" for k in ("P@1", "P@5", "R@100")
-            )
-            self.monitor.say(f"epoch {epoch + 1}: validation ({best}): {figures}")
+        is_due = every and (epoch + 1) % every == 0 and len(self.validation_ids)
+        if not is_due or self.monitor.has_evaluation(self.step, epoch, "validation"):
+            return
+        result = self.evaluate("validation")
+        view = list(result.metrics)[-1]
+        self._flush()
+        self.saver.keep_if_best(self.step, view, result.metrics[view])
+        # Only now: what is logged is not evaluated again if the run is killed here.
+        self.monitor.log_evaluation(
+            self.step, epoch, "validation", result.metrics, result.breakdown
+        )
+        figures = ", ".join(f"{k} {result.metrics[view][k]:.2f}" for k in ("P@1", "P@5", "R@100"))
+        self.monitor.say(f"epoch {epoch + 1}: validation ({view}): {figures}")
 
-    def _save(self) -> None:
-        self.miner.sync(self.step)
-        checkpoint.save(
-            self.run,
-            self.step,
-            self.engine.state(),
-            self.table,
-            keep=self.recipe.checkpoint.keep,
-            details={
-                "corpus_fingerprint": self.corpus.fingerprint,
-                "total_steps": self.total_steps,
-            },
+    def _stop_if_asked(self) -> None:
+        """Saves and leaves if a signal came to any rank. Collectives: one all-reduce."""
+        self.stop_requests.exchange([], self.device)
+        self._leave_if_asked()
+
+    def _leave_if_asked(self) -> None:
+        if not self.stop_requests.agreed:
+            return
+        if self.step:
+            self._save()
+        raise StopRequestedError(
+            f"stopped by {' and '.join(self.stop_requests.agreed)} after step {self.step} of "
+            f"{self.total_steps}; saved as {checkpoint.latest(self.run) or 'nothing yet'}. Go on "
+            "with the same command and --resume auto."
         )
 
-    def _restore(self, folder: Path) -> None:
-        manifest = checkpoint.read_manifest(folder)
-        self.step = int(manifest["step"])
-        tensors = checkpoint.load_tensors(folder, manifest, checkpoint.ENCODER_FILE)
-        self.engine.load_state(tensors, self.step)
-        checkpoint.load_rows(folder, manifest, self.table)
-        self._saved_step = self.step
+    def _save(self) -> None:
+        self._flush()
+        self.saver.save(self.step)
+
+    def _flush(self) -> None:
+        """Makes durable what a run that goes on from here needs beside its checkpoint."""
+        self.miner.sync(self.step)
+        self.monitor.flush()
 
     # ------------------------------------------------------------------ evaluation
 

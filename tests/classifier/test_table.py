@@ -2,14 +2,17 @@
 
 import gc
 import resource
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from unidec_ds.classifier import capacity, partition
+from unidec_ds.classifier import capacity, partition, snapshot
 from unidec_ds.classifier.native import native_library
 from unidec_ds.classifier.row_copy import TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
@@ -23,6 +26,7 @@ from unidec_ds.classifier.row_formats import (
 )
 from unidec_ds.classifier.storage import Column
 from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable, Placement
+from unidec_ds.durable import sha256, stream_tensors
 from unidec_ds.errors import CheckpointError, UserError
 
 L, D, LR = 53, 12, 1e-2
@@ -408,3 +412,52 @@ def test_a_table_larger_than_any_machine_is_refused() -> None:
     with pytest.raises(UserError, match="does not fit into host memory"):
         capacity.check_fits(10**12, 768, 1, "fp32", "global", Placement(), CPU)
     assert 2**20 < capacity.host_free_bytes() < 2**50
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_snapshot_is_the_table_as_it_was_whatever_steps_do_while_it_is_read(
+    monkeypatch, name, world_size
+):
+    monkeypatch.setattr(snapshot, "_BLOCK_BYTES", 5 * D)  # a few rows a block
+    tables = [
+        make_table(rank, world_size, format=name, bias_correction="per_row")
+        for rank in range(world_size)
+    ]
+    for step in range(4):
+        take_step(tables, step)
+    for steps_a_block in (0, 1, 3):
+        expected = [{k: v.clone() for k, v in table.state().items()} for table in tables]
+        readers = [table.snapshot().read() for table in tables]
+        found: list[list[Tensor]] = [[] for _ in tables]
+        for blocks in zip_longest(*readers):
+            for mine, block in zip(found, blocks, strict=True):
+                if block is not None:
+                    mine.append(block.flatten().view(torch.uint8))
+            for _ in range(steps_a_block):
+                step += 1
+                take_step(tables, step)
+        for table, mine, state in zip(tables, found, expected, strict=True):
+            whole = [tensor.flatten().view(torch.uint8) for tensor in state.values()]
+            assert torch.equal(torch.cat(mine), torch.cat(whole))
+            assert table._snapshot is not None
+            assert not table._snapshot._preserved
+
+
+def test_a_snapshot_is_read_in_a_thread_while_steps_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "_BLOCK_BYTES", 256)
+    table, step = make_table(num_labels=L, format="bf16"), 0
+    for save in range(20):
+        expected = {k: v.clone() for k, v in table.state().items()}
+        taken = table.snapshot()
+        path = tmp_path / f"{save}.safetensors"
+        with ThreadPoolExecutor(1) as worker:
+            entry = worker.submit(stream_tensors, path, taken.shapes(), taken.read())
+            while not entry.done():
+                take_step([table], step)
+                step += 1
+        found = load_file(path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert entry.result() == {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    assert step > 20

@@ -340,7 +340,7 @@ def test_a_closed_pipe_ends_quietly(run, tmp_path):
         (("--k", "0"), "--k: found 0"),
         (("--batch-size", "0"), "--batch-size: found 0"),
         (("--weight-de", "2"), "--weight-de: found '2'; needs a number from 0 to 1"),
-        (("--weight-de", "tuned"), "names no weight for the newest checkpoint"),
+        (("--weight-de", "tuned"), "names no weight for step_"),
         (("--index", "annoy"), "--index: found annoy; needs auto, exact, ivf, hnsw or"),
     ],
 )

@@ -36,6 +36,7 @@ from unidec_ds.classifier.row_formats import (
     xavier_rows,
 )
 from unidec_ds.classifier.rowwise_adam import RowwiseAdam
+from unidec_ds.classifier.snapshot import Snapshot
 from unidec_ds.classifier.staging import StagedRows, Staging
 from unidec_ds.classifier.storage import Placement, allocate
 from unidec_ds.errors import CheckpointError
@@ -143,6 +144,7 @@ class ClassifierTable:
         )
         self._fetched: StagedRows | None = None
         self._leaf: Tensor | None = None
+        self._snapshot: Snapshot | None = None
         self._initialise()
 
     @property
@@ -192,6 +194,8 @@ class ClassifierTable:
         self.step += 1
         self._staging.wait()
         num_rows = len(fetched.label_ids)
+        if self._snapshot is not None:
+            self._snapshot.preserve(fetched.index)
         if num_rows:
             assert rows_RD.grad is not None
             grads_RD, grads_staging = rows_RD.grad.contiguous(), None
@@ -240,6 +244,18 @@ class ClassifierTable:
         """
         columns = {name: column.tensor.to("cpu") for name, column in self._columns.items()}
         return {**columns, "step": torch.tensor([self.step])}
+
+    def snapshot(self) -> Snapshot:
+        """Returns what `state` returns now, to be read in another thread while steps are taken.
+
+        The one before must have been read. Nothing but `apply` may change the table until then.
+        Columns on the accelerator are copied to the host here.
+        """
+        columns = self.state()
+        extra = {"step": columns.pop("step")}
+        made = Snapshot(columns, extra)
+        self._snapshot = made if self._on_host else None
+        return made
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over a `state` of the same rank of the same world size.

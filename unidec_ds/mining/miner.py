@@ -105,13 +105,14 @@ class Miner:
                 seed=self._recipe.train.seed,
                 kept=kept,
             )
-            self._monitor.log_scalars(step, "mining", mined.figures())
             self._mining_s, self._steps_s = mined.seconds.total_s, 0.0
             if comm.is_main():
                 oldest = self._oldest_epoch_to_resume_with(steps_per_epoch, epoch)
                 remove_mined(self._folder, keep=range(oldest, epoch + 1))
         else:
             mined = open_mined(self._folder, mined_epoch)
+        if is_due:
+            self._monitor.log_scalars(step, "mining", mined.figures())
         return planner.with_mined(mined.shortlists, mined.clusters)
 
     def keep_vectors(self, batch: Batch, embeddings: Embeddings, step: int) -> None:

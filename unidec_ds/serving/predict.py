@@ -146,9 +146,10 @@ def load(
     index: IndexConfig | Path | None = None,
     new_labels: Path | str | Mapping[str, str] | None = None,
     weight_de: float = 0.5,
+    checkpoint: str = "latest",
     show_progress: bool = True,
 ) -> Predictor:
-    """Returns a predictor for the newest checkpoint of a run directory.
+    """Returns a predictor for a checkpoint of a run directory.
 
     The first call for a checkpoint embeds all labels, which takes as long as encoding their texts.
 
@@ -163,6 +164,7 @@ def load(
             `id, text` (.jsonl, .parquet) or of the XMC repository (lbl.json.gz), or texts by id.
             Their label ids follow the run's. The first call calibrates their scores.
         weight_de: w of the score 2·(w·cos_DE + (1-w)·cos_classifier) in the view "unified".
+        checkpoint: "latest", "best" (on validation) or the checkpoint's folder.
         show_progress: draw bars on standard error while something is made.
 
     Raises:
@@ -172,7 +174,7 @@ def load(
     """
     if not 0 <= weight_de <= 1:
         raise UserError(f"weight_de: found {weight_de}; needs a number from 0 to 1")
-    loaded = load_run(Path(run), _device(device), Path(corpus) if corpus else None)
+    loaded = load_run(Path(run), _device(device), Path(corpus) if corpus else None, checkpoint)
     chosen = choose_view(loaded, view)
     labels = open_label_search(
         loaded, chosen, index or IndexConfig(), weight_de=weight_de, show_progress=show_progress
