@@ -80,6 +80,16 @@ def test_an_unknown_name_lists_the_recipes():
         ({"objective": {"pool": "all"}, "mining": {"every_epochs": 1}}, "mining.every_epochs"),
         ({"objective": {"de": "none"}, "mining": {"every_epochs": 1}}, "mining.every_epochs"),
         ({"objective": {"de": "none", "classifier": "none"}}, "objective"),
+        ({"classifier": {"streamed": True}}, "objective.classifier softmax needs all labels"),
+        (
+            {
+                "classifier": {"streamed": True},
+                "objective": {"classifier": "bce"},
+                "model": {"row_dropout": 0.1},
+            },
+            "model.row_dropout",
+        ),
+        ({"classifier": {"optimizer": "sgd", "format": "rowwise"}}, "rowwise"),
     ],
 )
 def test_sections_that_contradict_each_other(tmp_path, sections, key):

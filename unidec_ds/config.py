@@ -86,9 +86,26 @@ class Recipe(Settings):
                 "mining.every_epochs: mining searches with the dual encoder, which objective.de "
                 "none leaves untrained; set it to 0"
             )
+        faults += self._faults_of_streaming()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _faults_of_streaming(self) -> list[str]:
+        if not self.classifier.streamed:
+            return []
+        faults = []
+        if self.objective.classifier != "bce":
+            faults.append(
+                f"classifier.streamed: objective.classifier {self.objective.classifier} needs all "
+                "labels of a step at once; set it to bce, or classifier.streamed to false"
+            )
+        if self.model.row_dropout:
+            faults.append(
+                "classifier.streamed: model.row_dropout draws one mask over the whole pool, which "
+                "streaming is there to avoid; set it to 0"
+            )
+        return faults
 
     def as_yaml_object(self) -> dict[str, Any]:
         """Returns the resolved settings as plain data; `load_recipe` reads them back."""

@@ -29,6 +29,8 @@ class OptimizerConfig(Settings):
     """Peak learning rate of the classifier rows."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled; not on biases and norms. A classifier row decays in the steps that touch it."""
+    row_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of the classifier rows; without it, `weight_decay`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] = (
         0.9,
         0.999,
@@ -40,6 +42,11 @@ class OptimizerConfig(Settings):
     """Steps from 0 to the peak; overrides `warmup_fraction`."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Share of all steps from 0 to the peak."""
+
+    @property
+    def decay_of_rows(self) -> float:
+        """Weight decay of the classifier rows."""
+        return self.weight_decay if self.row_weight_decay is None else self.row_weight_decay
 
 
 class LearningRates(NamedTuple):

@@ -16,11 +16,12 @@ Shape legend: R touched rows, D width, L labels, W ranks, n ids of one call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from unidec_ds.classifier import partition
@@ -29,11 +30,13 @@ from unidec_ds.classifier.row_copy import RowCopier, TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
     BiasCorrection,
     FormatName,
+    RowOptimizer,
     bytes_per_label,
     column_types,
     rounding_row_keys,
     xavier_rows,
 )
+from unidec_ds.classifier.row_sgd import RowSGD
 from unidec_ds.classifier.staging import StagedRows, Staging
 from unidec_ds.classifier.storage import Placement, allocate
 from unidec_ds.errors import CheckpointError
@@ -61,15 +64,34 @@ class ClassifierConfig(Settings):
     bias_correction: BiasCorrection = "global"
     """Adam's bias correction by the number of steps of the run, or of each row's own updates
     (4 bytes more a label). With global, a row first touched late moves 3.2 learning rates."""
+    optimizer: RowOptimizer = "adamw"
+    """Of the rows. `sgd` has `momentum` for its only state, adds its decay to the gradient, as
+    torch's does, and needs a format other than rowwise."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of `optimizer: sgd`; without effect on adamw."""
+    streamed: bool = False
+    """Compute the loss in blocks of labels and update each block's rows at once, so that neither
+    the rows nor the gradient of the whole pool exist (see `classifier.stream`). For bce alone."""
     prefetch_rows: Literal["auto", "always", "never"] = "auto"
     """Bring the next step's rows to the device while it computes this step; the numbers stay the
     same, bit for bit. auto: where the device is an accelerator and the table is not on it."""
 
+    @model_validator(mode="after")
+    def _sgd_has_momentum_alone(self) -> ClassifierConfig:
+        if self.optimizer == "sgd" and self.format == "rowwise":
+            raise ValueError(
+                "optimizer sgd with format rowwise, whose one second moment a row is AdamW's: set "
+                "format to fp32, bf16_moments or bf16"
+            )
+        if self.optimizer == "sgd" and self.bias_correction == "per_row":
+            raise ValueError("optimizer sgd has no bias to correct: set bias_correction to global")
+        return self
+
 
 class ClassifierTable:
-    """This rank's shard of the L x D classifier, with AdamW on the rows a step touches.
+    """This rank's shard of the L x D classifier, with AdamW or SGD on the rows a step touches.
 
-    Weight decay is decoupled and falls on touched rows only, so a label's row decays in proportion
+    Weight decay falls on touched rows only, so a label's row decays in proportion
     to how often it is in a pool.
 
     Args:
@@ -83,7 +105,7 @@ class ClassifierTable:
         seed: keys the initial rows and the stochastic rounding.
         betas: AdamW's.
         eps: AdamW's.
-        weight_decay: AdamW's.
+        weight_decay: of AdamW (decoupled) or SGD (added to the gradient).
 
     Raises:
         UserError: `nvme_path` cannot be used. Whether the shard fits is for `capacity.check_fits`
@@ -113,15 +135,17 @@ class ClassifierTable:
         self._on_host = placement.kind != "device"
         self._pin_memory = self._on_host and placement.pin_memory and device.type == "cuda"
         self._format = config.format
-        self._column_types = column_types(config.format, config.bias_correction, width)
-        self.bytes_per_label = bytes_per_label(config.format, config.bias_correction, width)
+        layout = (config.format, config.bias_correction, width, config.optimizer)
+        self._column_types, self.bytes_per_label = column_types(*layout), bytes_per_label(*layout)
         native = self._on_host and config.kernel == "cpu_adam"
+        uses_kernel = native and config.format != "rowwise" and config.optimizer == "adamw"
         self._adam = RowAdam(
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-            kernel="cpu_adam" if native and config.format != "rowwise" else "torch",
+            kernel="cpu_adam" if uses_kernel else "torch",
         )
+        self._sgd = RowSGD(momentum=config.momentum, weight_decay=weight_decay)
         self._copier: RowCopier = (native_copier() if native else None) or TorchCopier()
         self._columns = allocate(placement, self._column_types, self.num_rows, device=device)
         self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
@@ -165,8 +189,8 @@ class ClassifierTable:
         if self._packs_ahead:
             self._staging.pack_ahead(label_ids, self._step_index(label_ids))
 
-    def apply(self, rows_RD: Tensor, *, lr: float) -> None:
-        """Takes one AdamW step on the rows of the last `fetch`; `step` grows by one.
+    def apply(self, rows_RD: Tensor, *, lr: float, begins_step: bool = True) -> None:
+        """Takes one optimizer step on the rows of the last `fetch`; `step` grows by one.
 
         Waits for the device, whose gradient is copied to the host. The leaf is used up: its memory
         may be the next fetch's (where the device is the host, it holds the updated rows till then).
@@ -174,12 +198,14 @@ class ClassifierTable:
         Args:
             rows_RD: the leaf that `fetch` returned, with its gradient (none is needed if R is 0).
             lr: learning rate of this step.
+            begins_step: False for further, other rows of the step that the last call began: `step`
+                then stays.
         """
         fetched = self._fetched
         assert fetched is not None, "apply follows fetch"
         assert rows_RD is self._leaf, "not the leaf of the last fetch"
         self._fetched = self._leaf = None
-        self.step += 1
+        self.step += int(begins_step)
         self._staging.wait()
         num_rows = len(fetched.label_ids)
         if num_rows:
@@ -258,8 +284,8 @@ class ClassifierTable:
             raise CheckpointError(
                 f"the classifier table of rank {old_rank} of {old_world_size} in this checkpoint "
                 f"holds {_describe(found)}; this run's corpus, model.width, classifier.format "
-                f"({self._format}) and classifier.bias_correction need {_describe(needed)}. Resume "
-                "with the recipe it was saved with, or start a new run with --init_from."
+                f"({self._format}), .bias_correction and .optimizer need {_describe(needed)}. "
+                "Resume with the recipe it was saved with, or start a new run with --init_from."
             )
         self._staging.forget_ahead()
         for start in range(0, old_num_rows, _COPY_ROWS):
@@ -298,7 +324,7 @@ class ClassifierTable:
     def _moments_of(self, num_rows: int) -> dict[str, Tensor]:
         """Returns fp32 memory for the moments of a block, used again by the next block."""
         for name, column in self._column_types.items():
-            if name.startswith("exp_avg") and len(self._moments.get(name, ())) < num_rows:
+            if name not in ("rows", "steps") and len(self._moments.get(name, ())) < num_rows:
                 device = self._columns[name].tensor.device
                 self._moments[name] = torch.empty(num_rows, column.width, device=device)
         return {name: moment[:num_rows] for name, moment in self._moments.items()}
@@ -323,7 +349,9 @@ class ClassifierTable:
             self._columns["steps"].scatter(index, step)
         moments = self._moments_of(len(index))
         self._copier.gather(self._columns, index, moments)
-        if self._format == "rowwise":
+        if "momentum" in moments:
+            self._sgd.step(rows_RD, grads_RD, moments["momentum"], lr=lr)
+        elif self._format == "rowwise":
             self._adam.step_rowwise(rows_RD, grads_RD, moments["exp_avg_sq"], lr=lr, step=step)
         else:
             self._adam.step(
