@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
-SHARED = {"results"}
+SHARED = {"results", "collectives", "dense_offload"}
 NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in SHARED)
 
 
