@@ -25,8 +25,9 @@ class OptimizerConfig(Settings):
     """Peak learning rate of the encoder."""
     head_lr: Rate = 2e-4
     """Peak learning rate of both heads."""
-    row_lr: Rate = 1e-3
-    """Peak learning rate of the classifier rows."""
+    row_lr: Annotated[float, Field(ge=0, le=1000)] = 1e-3
+    """Peak learning rate of the classifier rows. Above 1 only with `classifier.optimizer: sgd`,
+    whose step is in proportion to a gradient that is a mean over the batch's queries."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled; not on biases and norms. A classifier row decays in the steps that touch it."""
     row_weight_decay: Annotated[float, Field(ge=0)] | None = None

@@ -264,7 +264,7 @@ class Trainer:
             queries_BD,
             batch.classifier_targets,
             loss,
-            size=block_size(*queries_BD.shape, block_bytes),
+            size=block_size(len(queries_BD), self.model.width, block_bytes),
             weight=objective.head_weights["classifier"],
             lr=lr,
         )

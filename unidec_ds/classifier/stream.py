@@ -95,7 +95,7 @@ def train_by_block(
             table.fetch_ahead(blocks[k + 1])
         with torch.enable_grad():
             loss = block_loss(leaf_BD, rows_pD, part)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()
         sums_3 += torch.stack([loss.total.detach(), loss.q2l, loss.l2q])
         finite = _is_finite(loss.total, rows_pD.grad)  # waits for the device
         if finite:
@@ -106,7 +106,10 @@ def train_by_block(
         sums_3.fill_(math.nan)
     gradient_BD = torch.zeros_like(leaf_BD) if leaf_BD.grad is None else leaf_BD.grad
     total, q2l, l2q = sums_3.unbind()
-    return HeadLoss(_WithGradient.apply(queries_BD, total, gradient_BD), q2l, l2q)
+    with_gradient = _WithGradient.apply(  # type: ignore[no-untyped-call]
+        queries_BD, total, gradient_BD
+    )
+    return HeadLoss(with_gradient, q2l, l2q)
 
 
 def _is_finite(loss: Tensor, gradient: Tensor | None) -> bool:
