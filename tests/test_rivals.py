@@ -22,8 +22,8 @@ SECTIONS = {
 # Beside those: no mining, random batches, the start and the rates of rows that are trained.
 FREE = {
     "mining.start_epoch", "mining.every_epochs", "mining.shortlist_size", "batches.kind",
-    "classifier.init", "objective.classifier_logits", "optimizer.row_lr", "optimizer.row_weight_decay",
-    "train.recompute",
+    "classifier.init", "objective.classifier_logits", "optimizer.row_lr",
+    "optimizer.row_weight_decay", "train.recompute",
 }  # fmt: skip
 
 
