@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
-SHARED = {"results", "stages", "classifiers"}
+SHARED = {"results", "stages", "classifiers", "collectives", "dense_offload", "rival_costs"}
 NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in SHARED)
 
 
@@ -93,3 +93,30 @@ def test_systems_of_a_size_make_the_same_update(monkeypatch):
         torch.testing.assert_close(updated[system][label_ids], ours[label_ids])
     undecayed = ours[label_ids] - updated["sparse_adam"][label_ids]
     assert undecayed.abs().max() < 3.5 * bench.LR * bench.WEIGHT_DECAY  # SparseAdam has no decay
+
+
+@pytest.mark.kernel
+@pytest.mark.slow
+def test_rivals_cost_what_the_formulas_say(tmp_path):
+    script, file = BENCH / "rivals.py", tmp_path / "figures.json"
+    options = ["--labels", "700", "--ranks", "1", "--systems", "psl", "dexml", "renee"]
+    sizes = ["--width", "32", "--batch-size", "16", "--pool-size", "64", "--steps", "1"]
+    command = [sys.executable, script, "--quick", "--json", file, *options, *sizes]
+    subprocess.run(command, check=True)
+    figures = json.loads(file.read_text())
+    measured = {f["system"]: f for f in figures if not f["system"].startswith("epoch:")}
+    assert measured.keys() == {"psl", "dexml", "renee"}
+    for figure in measured.values():
+        assert (figure["labels"], figure["world_size"], figure["comm_bytes"]) == (700, 1, 0)
+        assert min(figure["step_s"], figure["peak_bytes"]) > 0
+        assert figure["flops"] == pytest.approx(figure["formula_flops"], rel=0.02)
+    assert measured["psl"]["pool"] == 64
+    assert measured["dexml"]["pool"] == measured["renee"]["pool"] == 700
+    epochs = {(f["system"], f["set"], f["world_size"]): f for f in figures if "set" in f}
+    assert len(epochs) == 3 * 3 * 2
+    for (system, name, gpus), figure in epochs.items():
+        ours = epochs["epoch:psl", name, gpus]
+        ratio = figure["epoch_flops"] / ours["epoch_flops"]
+        assert figure["times_unidec_flops"] == pytest.approx(ratio)
+        if system == "epoch:dexml":
+            assert ratio > 4

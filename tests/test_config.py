@@ -84,6 +84,16 @@ def test_an_unknown_name_lists_the_recipes():
             "checkpoint.keep_best",
         ),
         ({"objective": {"de": "none", "classifier": "none"}}, "objective"),
+        ({"classifier": {"streamed": True}}, "objective.classifier softmax needs all labels"),
+        (
+            {
+                "classifier": {"streamed": True},
+                "objective": {"classifier": "bce"},
+                "model": {"row_dropout": 0.1},
+            },
+            "model.row_dropout",
+        ),
+        ({"classifier": {"optimizer": "sgd", "format": "rowwise"}}, "rowwise"),
     ],
 )
 def test_sections_that_contradict_each_other(tmp_path, sections, key):

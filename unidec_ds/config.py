@@ -96,9 +96,26 @@ class Recipe(Settings):
                 "checkpoint.keep_best: needs validation queries and their evaluation; set "
                 "corpus.validation_fraction and evaluation.every_epochs above 0"
             )
+        faults += self._faults_of_streaming()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _faults_of_streaming(self) -> list[str]:
+        if not self.classifier.streamed:
+            return []
+        faults = []
+        if self.objective.classifier != "bce":
+            faults.append(
+                f"classifier.streamed: objective.classifier {self.objective.classifier} needs all "
+                "labels of a step at once; set it to bce, or classifier.streamed to false"
+            )
+        if self.model.row_dropout:
+            faults.append(
+                "classifier.streamed: model.row_dropout draws one mask over the whole pool, which "
+                "streaming is there to avoid; set it to 0"
+            )
+        return faults
 
     def as_yaml_object(self) -> dict[str, Any]:
         """Returns the resolved settings as plain data; `load_recipe` reads them back."""

@@ -49,7 +49,7 @@ class SaveError(StoppedError):
 
 
 class NonFiniteError(StoppedError):
-    """A loss or gradient is not finite; no classifier row was updated and nothing was saved."""
+    """A loss or gradient is not finite; nothing was saved (which rows moved: `finite`)."""
 
 
 class StopRequestedError(StoppedError):

@@ -36,10 +36,12 @@ class Fault:
     """The step under way."""
     last_good: Path | None
     """The newest checkpoint."""
+    rows_moved: bool = False
+    """Whether classifier rows may have been updated already, see `classifier.stream`."""
 
 
 def stop_non_finite(
-    fault: Fault, batch: Batch, embeddings: Embeddings, rows_PD: Tensor, share: Tensor
+    fault: Fault, batch: Batch, embeddings: Embeddings, rows_PD: Tensor | None, share: Tensor
 ) -> NoReturn:
     """Raises NonFiniteError on every rank, with the ranks, queries and labels involved.
 
@@ -47,7 +49,8 @@ def stop_non_finite(
         fault: what is not finite.
         batch: the step's batch.
         embeddings: of this rank's texts.
-        rows_PD: this rank's classifier rows, with their gradient if there is one.
+        rows_PD: this rank's classifier rows, with their gradient if there is one; None if they
+            were streamed.
         share: this rank's share of the loss.
 
     Collectives: one gather of small objects; every rank must call.
@@ -59,9 +62,10 @@ def stop_non_finite(
     found = {
         "queries": _bad_ids(query_ids, query_vectors),
         "label texts": _bad_ids(text_ids, embeddings.label_de_PD),
-        "classifier rows": _bad_ids(batch.own_label_ids, rows_PD),
     }
-    if rows_PD.grad is not None:
+    if rows_PD is not None:
+        found["classifier rows"] = _bad_ids(batch.own_label_ids, rows_PD)
+    if rows_PD is not None and rows_PD.grad is not None:
         found["gradients of classifier rows"] = _bad_ids(batch.own_label_ids, rows_PD.grad)
     reports = comm.gather_objects((bool(share.isfinite()), found))
     lines = [
@@ -70,9 +74,10 @@ def stop_non_finite(
         if not is_loss_finite or any(bad.values())
     ]
     plan = batch.plan
+    moved = "some classifier rows were" if fault.rows_moved else "no classifier row was"
     raise NonFiniteError(
-        f"the {fault.what} of step {fault.step} is {fault.value}; no classifier row was updated "
-        "and nothing was saved. Not finite are\n"
+        f"the {fault.what} of step {fault.step} is {fault.value}; {moved} updated and nothing was "
+        "saved. Not finite are\n"
         + "\n".join(lines or ["  no loss, vector or row: it is the encoder's own gradients"])
         + f"\nThe step has queries {_list(plan.query_ids.tolist())} and labels "
         f"{_list(plan.label_ids.tolist())}. Last good checkpoint: {fault.last_good or 'none'}. "

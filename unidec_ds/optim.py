@@ -25,10 +25,13 @@ class OptimizerConfig(Settings):
     """Peak learning rate of the encoder."""
     head_lr: Rate = 2e-4
     """Peak learning rate of both heads."""
-    row_lr: Rate = 1e-3
-    """Peak learning rate of the classifier rows."""
+    row_lr: Annotated[float, Field(ge=0, le=1000)] = 1e-3
+    """Peak learning rate of the classifier rows. Above 1 only with `classifier.optimizer: sgd`,
+    whose step is in proportion to a gradient that is a mean over the batch's queries."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled; not on biases and norms. A classifier row decays in the steps that touch it."""
+    row_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of the classifier rows; without it, `weight_decay`."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] = (
         0.9,
         0.999,
@@ -40,6 +43,11 @@ class OptimizerConfig(Settings):
     """Steps from 0 to the peak; overrides `warmup_fraction`."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Share of all steps from 0 to the peak."""
+
+    @property
+    def decay_of_rows(self) -> float:
+        """Weight decay of the classifier rows."""
+        return self.weight_decay if self.row_weight_decay is None else self.row_weight_decay
 
 
 class LearningRates(NamedTuple):

@@ -107,6 +107,31 @@ class Targets:
             ignored_label=ignored[1],
         )
 
+    def split(self, size: int) -> list[Targets]:
+        """Returns the targets of each run of `size` labels of this rank, at least one.
+
+        A head's losses over the parts add up to its loss: counts stay global. Waits for the device.
+        """
+        num_labels = len(self.positives_per_label)
+        starts = list(range(0, num_labels, size)) or [0]
+        edges = torch.tensor([*starts, num_labels], device=self.positive_label.device)
+        positive = torch.searchsorted(self.positive_label, edges).tolist()
+        ignored = torch.searchsorted(self.ignored_label, edges).tolist()
+        parts = []
+        for k, start in enumerate(starts):
+            own, struck = slice(*positive[k : k + 2]), slice(*ignored[k : k + 2])
+            parts.append(
+                replace(
+                    self,
+                    positives_per_label=self.positives_per_label[start : start + size],
+                    positive_query=self.positive_query[own],
+                    positive_label=self.positive_label[own] - start,
+                    ignored_query=self.ignored_query[struck],
+                    ignored_label=self.ignored_label[struck] - start,
+                )
+            )
+        return parts
+
     def to(self, device: torch.device) -> Targets:
         """Returns the targets with their tensors on `device`."""
         moved: dict[str, Any] = {

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,12 +33,13 @@ from unidec_ds.assembly import (
 )
 from unidec_ds.batch import Batch, make_batch
 from unidec_ds.classifier.capacity import check_fits
+from unidec_ds.classifier.stream import block_size, train_by_block
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
 from unidec_ds.data.keyed import seed_of
-from unidec_ds.data.pairs import Ids
 from unidec_ds.data.prefetch import Prefetcher
+from unidec_ds.dropout import StepDropout
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.engine import Engine
 from unidec_ds.errors import StopRequestedError
@@ -47,11 +48,11 @@ from unidec_ds.finite import Fault, stop_non_finite
 from unidec_ds.interruption import StopRequests
 from unidec_ds.losses import HeadLoss, head_loss
 from unidec_ds.mining.miner import Miner
-from unidec_ds.model import Masks, dropout_mask
 from unidec_ds.monitor import Monitor, StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.optim import learning_rates
 from unidec_ds.run import WARM_START, read_json, write_json, write_untrained
 from unidec_ds.saver import Saver
+from unidec_ds.targets import Targets
 from unidec_ds.unified import UnifiedWeight
 from unidec_ds.unit_rows import unit_rows
 from unidec_ds.warm_start import WarmStart, start_rows_from_texts
@@ -94,6 +95,7 @@ class Trainer:
         self.device = engine.device
         seed = recipe.train.seed
         self.model = build_model(recipe, self.device)
+        self.dropout = StepDropout(recipe.model, self.model.width, seed, comm.rank(), self.device)
         placement = table_placement(ds_config)
         check_fits(
             corpus.num_labels,
@@ -104,6 +106,7 @@ class Trainer:
             placement,
             self.device,
             comm.local_world_size(),
+            recipe.classifier.optimizer,
         )
         comm.barrier()  # no rank takes its memory while another still asks what is free
         engine.prepare(self.model, recipe.optimizer)
@@ -118,7 +121,7 @@ class Trainer:
             seed=seed_of(seed, "classifier rows"),
             betas=recipe.optimizer.betas,
             eps=recipe.optimizer.eps,
-            weight_decay=recipe.optimizer.weight_decay,
+            weight_decay=recipe.optimizer.decay_of_rows,
         )
         self.train_ids, self.validation_ids = split_train_queries(corpus, recipe)
         self.planner = make_planner(corpus, recipe, self.train_ids)
@@ -181,17 +184,19 @@ class Trainer:
                 batch.order,
                 batch.query_sizes[comm.rank()],
                 len(batch.own_pool_with_text),
-                self._head_masks(batch),
+                self.dropout.head_masks(batch, self.step),
                 self.recipe.train.recompute and self.recipe.train.encoder_chunk > 0,
             )
         with timer.part("gather"):
             both_heads = torch.cat([embeddings.query_de_BD, embeddings.query_classifier_BD], dim=1)
             both_heads = comm.all_gather_rows(both_heads, batch.query_sizes)
             query_de_BD, query_classifier_BD = both_heads.chunk(2, dim=1)
+        rows_PD: Tensor | None = None  # streamed, they are fetched and updated within the loss
         with timer.part("rows"):
-            rows_PD = self.table.fetch(batch.own_label_ids)
-            if upcoming is not None:
-                self.table.fetch_ahead(upcoming.own_label_ids)
+            if objective.classifier != "none" and not self.recipe.classifier.streamed:
+                rows_PD = self.table.fetch(batch.own_label_ids)
+                if upcoming is not None:
+                    self.table.fetch_ahead(upcoming.own_label_ids)
         with timer.part("loss"):
             heads: dict[str, HeadLoss] = {}
             if objective.de != "none":
@@ -199,27 +204,22 @@ class Trainer:
                     objective.de, query_de_BD, embeddings.label_de_PD, batch.de_targets
                 )
             if objective.classifier != "none":
-                heads["classifier"] = self._head_loss(
-                    objective.classifier,
-                    *self._classifier_logit_sides(query_classifier_BD, rows_PD, batch),
-                    batch.classifier_targets,
+                heads["classifier"] = self._classifier_loss(
+                    query_classifier_BD, rows_PD, batch, rates.row
                 )
             weights = objective.head_weights
             share = torch.stack([weights[name] * heads[name].total for name in weights]).sum()
             losses = self._sum_shares(share, heads)
+        evidence = (batch, embeddings, rows_PD, share)
         if not math.isfinite(losses["loss"]):
-            self.saver.finish()
-            fault = Fault("loss", losses["loss"], self.step, checkpoint.latest(self.run))
-            stop_non_finite(fault, batch, embeddings, rows_PD, share)
+            self._stop_non_finite("loss", losses["loss"], *evidence)
         with timer.part("backward"):
             self.engine.backward(share)
         with timer.part("update"):
             grad_norm = self.engine.step()
             if self._is_bad_on_any_rank(grad_norm, rows_PD):
-                self.saver.finish()
-                fault = Fault("gradient norm", grad_norm, self.step, checkpoint.latest(self.run))
-                stop_non_finite(fault, batch, embeddings, rows_PD, share)
-            if objective.classifier != "none":
+                self._stop_non_finite("gradient norm", grad_norm, *evidence)
+            if rows_PD is not None:
                 self.table.apply(rows_PD, lr=rates.row)
             self.miner.keep_vectors(batch, embeddings, self.step)
         return StepResult(losses, grad_norm)
@@ -250,32 +250,30 @@ class Trainer:
             combine_logsumexp=comm.combine_logsumexp,
         )
 
-    def _classifier_logit_sides(
-        self, queries_BD: Tensor, rows_PD: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        if rate := self.recipe.model.row_dropout:
-            num_labels = len(batch.plan.label_ids)
-            rows_PD = rows_PD * self._mask("rows", rate, num_labels, batch.own_pool)
-        if self.recipe.objective.classifier_logits == "cosine":
-            return unit_rows(queries_BD), unit_rows(rows_PD)
-        return queries_BD, rows_PD
+    def _classifier_loss(
+        self, queries_BD: Tensor, rows_PD: Tensor | None, batch: Batch, lr: float
+    ) -> HeadLoss:
+        """Returns the classifier's loss; without rows it streams and updates them itself."""
+        objective, block_bytes = self.recipe.objective, self.recipe.train.loss_block_bytes
 
-    def _head_masks(self, batch: Batch) -> Masks | None:
-        rate = self.recipe.model.head_dropout
-        if not rate:
-            return None
-        start = sum(batch.query_sizes[: comm.rank()])
-        queries = np.arange(start, start + batch.query_sizes[comm.rank()])
-        num_queries, num_labels = len(batch.plan.query_ids), len(batch.plan.label_ids)
-        return Masks(
-            self._mask("query de", rate, num_queries, queries),
-            self._mask("query classifier", rate, num_queries, queries),
-            self._mask("label de", rate, num_labels, batch.own_pool_with_text),
+        def loss(queries_BD: Tensor, rows_PD: Tensor, targets: Targets) -> HeadLoss:
+            rows_PD = self.dropout.drop_rows(rows_PD, batch, self.step)
+            if objective.classifier_logits == "cosine":
+                queries_BD, rows_PD = unit_rows(queries_BD), unit_rows(rows_PD)
+            return self._head_loss(objective.classifier, queries_BD, rows_PD, targets)
+
+        if rows_PD is not None:
+            return loss(queries_BD, rows_PD, batch.classifier_targets)
+        return train_by_block(
+            self.table,
+            batch.own_label_ids,
+            queries_BD,
+            batch.classifier_targets,
+            loss,
+            size=block_size(len(queries_BD), self.model.width, block_bytes),
+            weight=objective.head_weights["classifier"],
+            lr=lr,
         )
-
-    def _mask(self, site: str, rate: float, num_rows: int, own: Ids) -> Tensor:
-        seed = seed_of(self.recipe.train.seed, f"dropout {site}", self.step)
-        return dropout_mask(seed, rate, num_rows, own, self.model.width, self.device)
 
     def _sum_shares(self, share: Tensor, heads: dict[str, HeadLoss]) -> dict[str, float]:
         """Adds the ranks' shares of every logged loss. Collectives: one all-reduce."""
@@ -288,19 +286,24 @@ class Trainer:
         totals = comm.all_reduce_sum(torch.stack([part.detach() for part in parts.values()]))
         return dict(zip(parts, totals.tolist(), strict=True))  # waits for the device
 
-    def _is_bad_on_any_rank(self, grad_norm: float, rows_PD: Tensor) -> bool:
+    def _is_bad_on_any_rank(self, grad_norm: float, rows_PD: Tensor | None) -> bool:
         """Scales the rows' gradient; returns whether it or the norm is not finite on any rank.
 
         The ranks also tell each other whether they were asked to stop or are still saving.
         """
         bad = not math.isfinite(grad_norm)
-        if rows_PD.grad is not None:
+        if rows_PD is not None and rows_PD.grad is not None:
             if self.engine.row_gradient_scale != 1:
                 rows_PD.grad.mul_(self.engine.row_gradient_scale)
             bad = bad or not bool(torch.linalg.vector_norm(rows_PD.grad).isfinite())
         flags = [bad, self.saver.is_writing()]
         is_bad, self.saver.is_writing_anywhere = self.stop_requests.exchange(flags, self.device)
         return is_bad
+
+    def _stop_non_finite(self, what: str, value: float, *evidence: Any) -> NoReturn:
+        self.saver.finish()
+        last_good, rows_moved = checkpoint.latest(self.run), self.recipe.classifier.streamed
+        stop_non_finite(Fault(what, value, self.step, last_good, rows_moved), *evidence)
 
     # ------------------------------------------------------------------ around the steps
 
@@ -383,15 +386,11 @@ class Trainer:
         self, split: str, unified_weights: Mapping[str, float] | None = None
     ) -> Evaluation:
         """Evaluates every trained view on "test" or "validation", and further weightings."""
-        return evaluate_split(
-            self.model,
-            self.table,
-            self.corpus,
-            self.recipe,
-            split,
+        parts, views = (
+            (self.model, self.table, self.corpus, self.recipe),
             trained_views(self.recipe),
-            unified_weights=unified_weights,
         )
+        return evaluate_split(*parts, split, views, unified_weights=unified_weights)
 
     def tune_unified(self) -> UnifiedWeight | None:
         """Chooses the unified view's weight on the validation queries, if there are any."""

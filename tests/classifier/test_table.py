@@ -108,6 +108,53 @@ def test_equals_one_dense_matrix(world_size: int, kind: str, tmp_path: Path) -> 
     torch.testing.assert_close(dense(tables), oracle(20), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_sgd_equals_torch_on_one_dense_matrix(world_size: int, weight_decay: float) -> None:
+    """With every label in every step, as momentum of rows that a step leaves out would wait."""
+    config = ClassifierConfig(kernel="torch", format="fp32", optimizer="sgd", momentum=0.8)
+    tables = [
+        ClassifierTable(
+            num_labels=L, width=D, rank=rank, world_size=world_size, config=config,
+            placement=Placement(), device=CPU, seed=7, betas=(0.9, 0.99), eps=1e-8,
+            weight_decay=weight_decay,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    weight = torch.nn.Parameter(dense(tables))
+    sgd = torch.optim.SGD([weight], lr=LR, momentum=0.8, weight_decay=weight_decay)
+    for step in range(10):
+        for table in tables:
+            mine = partition.owned(np.arange(L), table.rank, world_size)
+            rows = table.fetch(mine)
+            (rows - target(step)[mine]).square().sum().backward()
+            table.apply(rows, lr=LR)
+        sgd.zero_grad()
+        (weight - target(step)).square().sum().backward()
+        sgd.step()
+    torch.testing.assert_close(dense(tables), weight.detach(), atol=1e-5, rtol=1e-5)
+    assert tables[0].bytes_per_label == 8 * D
+
+
+def test_sgd_in_bf16_stays_close_to_fp32() -> None:
+    tables = [make_table(optimizer="sgd", format=row_format) for row_format in ("fp32", "bf16")]
+    for step in range(50):
+        for table in tables:
+            take_step([table], step)
+    exact, close = dense(tables[:1]), dense(tables[1:])
+    assert (close - exact).norm() < 0.05 * exact.norm()
+    assert tables[1].bytes_per_label == 4 * D
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"format": "rowwise"}, "rowwise"), ({"bias_correction": "per_row"}, "no bias to correct")],
+)
+def test_sgd_refuses_what_is_of_adamw_alone(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_table(optimizer="sgd", **settings)
+
+
 @pytest.mark.kernel
 def test_cpu_adam_equals_one_dense_matrix() -> None:
     tables = [make_table(rank, 2, kernel="cpu_adam") for rank in range(2)]

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 
 from unidec_ds.classifier import partition
-from unidec_ds.classifier.row_formats import FORMATS, BiasCorrection, FormatName, bytes_per_label
+from unidec_ds.classifier.row_formats import (
+    FORMATS,
+    BiasCorrection,
+    FormatName,
+    RowOptimizer,
+    bytes_per_label,
+)
 from unidec_ds.classifier.storage import Placement, nvme_directory
 from unidec_ds.errors import UserError
 
@@ -23,6 +29,7 @@ def check_fits(
     placement: Placement,
     device: torch.device,
     local_world_size: int = 1,
+    optimizer: RowOptimizer = "adamw",
 ) -> None:
     """Refuses a table that will not fit, with what would.
 
@@ -34,7 +41,8 @@ def check_fits(
     """
     sharing = 1 if placement.kind == "device" else local_world_size
     free = free_bytes(placement, device)
-    label_bytes = {name: bytes_per_label(name, bias_correction, width) for name in FORMATS}
+    formats = [name for name in FORMATS if optimizer == "adamw" or name != "rowwise"]
+    label_bytes = {n: bytes_per_label(n, bias_correction, width, optimizer) for n in formats}
     rows_per_place = sharing * partition.num_local_rows(num_labels, 0, world_size)
     needed = rows_per_place * label_bytes[row_format]
     if needed <= free:

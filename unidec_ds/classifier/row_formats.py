@@ -10,6 +10,9 @@ again. Bytes per label at width D:
 | bf16         | bf16, stochastic        | bf16, nearest | bf16, stochastic        | 6·D      |
 | rowwise      | bf16, stochastic        | none          | one fp32 for the row    | 2·D + 4  |
 
+That is for AdamW. SGD has one column beside the rows, the momentum, stored as the first moment is:
+8·D, 6·D and 4·D bytes; rowwise is a format of AdamW alone.
+
 `bias_correction: per_row` adds 4 bytes, the int32 count of the row's own updates.
 
 bf16 keeps 8 significant bits. Rounded to nearest, a second moment could never decay (a step takes
@@ -38,6 +41,7 @@ from unidec_ds.data.keyed import hash64
 
 FormatName = Literal["fp32", "bf16_moments", "bf16", "rowwise"]
 BiasCorrection = Literal["global", "per_row"]
+RowOptimizer = Literal["adamw", "sgd"]
 FORMATS: tuple[FormatName, ...] = ("fp32", "bf16_moments", "bf16", "rowwise")
 
 
@@ -54,12 +58,23 @@ class ColumnType(NamedTuple):
 
 
 def column_types(
-    row_format: FormatName, bias_correction: BiasCorrection, width: int
+    row_format: FormatName,
+    bias_correction: BiasCorrection,
+    width: int,
+    optimizer: RowOptimizer = "adamw",
 ) -> dict[str, ColumnType]:
-    """Returns the table's arrays by name: rows, exp_avg, exp_avg_sq, steps (as far as present)."""
+    """Returns the table's arrays by name.
+
+    They are rows, exp_avg, exp_avg_sq and steps, as far as present; with SGD, rows and momentum.
+    """
     rows = torch.bfloat16 if row_format in ("bf16", "rowwise") else torch.float32
     moments = torch.float32 if row_format == "fp32" else torch.bfloat16
     columns = {"rows": ColumnType(rows, width)}
+    if optimizer == "sgd":
+        assert row_format != "rowwise"
+        assert bias_correction == "global"
+        columns["momentum"] = ColumnType(moments, width)
+        return columns
     if row_format == "rowwise":
         columns["exp_avg_sq"] = ColumnType(torch.float32, 1)
     else:
@@ -70,9 +85,14 @@ def column_types(
     return columns
 
 
-def bytes_per_label(row_format: FormatName, bias_correction: BiasCorrection, width: int) -> int:
+def bytes_per_label(
+    row_format: FormatName,
+    bias_correction: BiasCorrection,
+    width: int,
+    optimizer: RowOptimizer = "adamw",
+) -> int:
     """Returns the bytes one label takes in the table, all arrays together."""
-    columns = column_types(row_format, bias_correction, width).values()
+    columns = column_types(row_format, bias_correction, width, optimizer).values()
     return sum(column.bytes_per_label for column in columns)
 
 
@@ -122,6 +142,7 @@ def rounding_of(column: str, dtype: torch.dtype) -> Rounding:
     return {
         "rows": Rounding.STOCHASTIC_FIRST,
         "exp_avg": Rounding.NEAREST,
+        "momentum": Rounding.NEAREST,
         "exp_avg_sq": Rounding.STOCHASTIC_SECOND,
     }[column]
 

@@ -16,11 +16,12 @@ Shape legend: R touched rows, D width, L labels, W ranks, n ids of one call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from unidec_ds.classifier import partition
@@ -30,11 +31,13 @@ from unidec_ds.classifier.row_copy import RowCopier, TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
     BiasCorrection,
     FormatName,
+    RowOptimizer,
     bytes_per_label,
     column_types,
     rounding_row_keys,
     xavier_rows,
 )
+from unidec_ds.classifier.row_sgd import RowSGD
 from unidec_ds.classifier.rowwise_adam import RowwiseAdam
 from unidec_ds.classifier.snapshot import Snapshot
 from unidec_ds.classifier.staging import StagedRows, Staging
@@ -64,15 +67,34 @@ class ClassifierConfig(Settings):
     bias_correction: BiasCorrection = "global"
     """Adam's bias correction by the number of steps of the run, or of each row's own updates
     (4 bytes more a label). With global, a row first touched late moves 3.2 learning rates."""
+    optimizer: RowOptimizer = "adamw"
+    """Of the rows. `sgd` has `momentum` for its only state, adds its decay to the gradient, as
+    torch's does, and needs a format other than rowwise."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of `optimizer: sgd`; without effect on adamw."""
+    streamed: bool = False
+    """Compute the loss in blocks of labels and update each block's rows at once, so that neither
+    the rows nor the gradient of the whole pool exist (see `classifier.stream`). For bce alone."""
     prefetch_rows: Literal["auto", "always", "never"] = "auto"
     """Bring the next step's rows to the device while it computes this step; the numbers stay the
     same, bit for bit. auto: where the device is an accelerator and the table is not on it."""
 
+    @model_validator(mode="after")
+    def _sgd_has_momentum_alone(self) -> ClassifierConfig:
+        if self.optimizer == "sgd" and self.format == "rowwise":
+            raise ValueError(
+                "optimizer sgd with format rowwise, whose one second moment a row is AdamW's: set "
+                "format to fp32, bf16_moments or bf16"
+            )
+        if self.optimizer == "sgd" and self.bias_correction == "per_row":
+            raise ValueError("optimizer sgd has no bias to correct: set bias_correction to global")
+        return self
+
 
 class ClassifierTable:
-    """This rank's shard of the L x D classifier, with AdamW on the rows a step touches.
+    """This rank's shard of the L x D classifier, with AdamW or SGD on the rows a step touches.
 
-    Weight decay is decoupled and falls on touched rows only, so a label's row decays in proportion
+    Weight decay falls on touched rows only, so a label's row decays in proportion
     to how often it is in a pool.
 
     Args:
@@ -86,7 +108,7 @@ class ClassifierTable:
         seed: keys the initial rows and the stochastic rounding.
         betas: AdamW's.
         eps: AdamW's.
-        weight_decay: AdamW's.
+        weight_decay: of AdamW (decoupled) or SGD (added to the gradient).
 
     Raises:
         UserError: `nvme_path` cannot be used. Whether the shard fits is for `capacity.check_fits`
@@ -116,23 +138,10 @@ class ClassifierTable:
         self._on_host = placement.kind != "device"
         self._pin_memory = self._on_host and placement.pin_memory and device.type == "cuda"
         self._format = config.format
-        self._column_types = column_types(config.format, config.bias_correction, width)
-        self.bytes_per_label = bytes_per_label(config.format, config.bias_correction, width)
+        layout = (config.format, config.bias_correction, width, config.optimizer)
+        self._column_types, self.bytes_per_label = column_types(*layout), bytes_per_label(*layout)
         native = self._on_host and config.kernel == "cpu_adam"
-        if config.format == "rowwise":
-            self._adam: RowAdam | RowwiseAdam = RowwiseAdam(
-                beta2=betas[1],
-                eps=eps,
-                weight_decay=weight_decay,
-                native=native_library() if native else None,
-            )
-        else:
-            self._adam = RowAdam(
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                kernel="cpu_adam" if native else "torch",
-            )
+        self._optimizer = _row_optimizer(config, native, betas, eps, weight_decay)
         self._copier: RowCopier = (native_copier() if native else None) or TorchCopier()
         self._columns = allocate(placement, self._column_types, self.num_rows, device=device)
         self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
@@ -177,8 +186,8 @@ class ClassifierTable:
         if self._packs_ahead:
             self._staging.pack_ahead(label_ids, self._step_index(label_ids))
 
-    def apply(self, rows_RD: Tensor, *, lr: float) -> None:
-        """Takes one AdamW step on the rows of the last `fetch`; `step` grows by one.
+    def apply(self, rows_RD: Tensor, *, lr: float, begins_step: bool = True) -> None:
+        """Takes one optimizer step on the rows of the last `fetch`; `step` grows by one.
 
         Waits for the device, whose gradient is copied to the host. The leaf is used up: its memory
         may be the next fetch's (where the device is the host, it holds the updated rows till then).
@@ -186,12 +195,14 @@ class ClassifierTable:
         Args:
             rows_RD: the leaf that `fetch` returned, with its gradient (none is needed if R is 0).
             lr: learning rate of this step.
+            begins_step: False for further, other rows of the step that the last call began: `step`
+                then stays.
         """
         fetched = self._fetched
         assert fetched is not None, "apply follows fetch"
         assert rows_RD is self._leaf, "not the leaf of the last fetch"
         self._fetched = self._leaf = None
-        self.step += 1
+        self.step += int(begins_step)
         self._staging.wait()
         num_rows = len(fetched.label_ids)
         if self._snapshot is not None:
@@ -284,8 +295,8 @@ class ClassifierTable:
             raise CheckpointError(
                 f"the classifier table of rank {old_rank} of {old_world_size} in this checkpoint "
                 f"holds {_describe(found)}; this run's corpus, model.width, classifier.format "
-                f"({self._format}) and classifier.bias_correction need {_describe(needed)}. Resume "
-                "with the recipe it was saved with, or start a new run with --init_from."
+                f"({self._format}), .bias_correction and .optimizer need {_describe(needed)}. "
+                "Resume with the recipe it was saved with, or start a new run with --init_from."
             )
         self._staging.forget_ahead()
         for start in range(0, old_num_rows, _COPY_ROWS):
@@ -324,7 +335,7 @@ class ClassifierTable:
     def _moments_of(self, num_rows: int) -> dict[str, Tensor]:
         """Returns fp32 memory for the moments of a block, used again by the next block."""
         for name, column in self._column_types.items():
-            if name.startswith("exp_avg") and len(self._moments.get(name, ())) < num_rows:
+            if name not in ("rows", "steps") and len(self._moments.get(name, ())) < num_rows:
                 device = self._columns[name].tensor.device
                 self._moments[name] = torch.empty(num_rows, column.width, device=device)
         return {name: moment[:num_rows] for name, moment in self._moments.items()}
@@ -349,13 +360,32 @@ class ClassifierTable:
             self._columns["steps"].scatter(index, step)
         moments = self._moments_of(len(index))
         self._copier.gather(self._columns, index, moments)
-        if isinstance(self._adam, RowwiseAdam):
-            self._adam.step(rows_RD, grads_RD, moments["exp_avg_sq"], lr=lr, step=step)
+        if isinstance(self._optimizer, RowSGD):
+            self._optimizer.step(rows_RD, grads_RD, moments["momentum"], lr=lr)
+        elif isinstance(self._optimizer, RowwiseAdam):
+            self._optimizer.step(rows_RD, grads_RD, moments["exp_avg_sq"], lr=lr, step=step)
         else:
-            self._adam.step(
+            self._optimizer.step(
                 rows_RD, grads_RD, moments["exp_avg"], moments["exp_avg_sq"], lr=lr, step=step
             )
         self._copier.scatter(self._columns, index, {"rows": rows_RD, **moments}, row_keys[span])
+
+
+def _row_optimizer(
+    config: ClassifierConfig,
+    native: bool,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> RowAdam | RowwiseAdam | RowSGD:
+    """Returns what updates packed rows; `native`: by compiled code, on the host."""
+    if config.optimizer == "sgd":
+        return RowSGD(momentum=config.momentum, weight_decay=weight_decay)
+    if config.format == "rowwise":
+        library = native_library() if native else None
+        return RowwiseAdam(beta2=betas[1], eps=eps, weight_decay=weight_decay, native=library)
+    kernel: KernelName = "cpu_adam" if native else "torch"
+    return RowAdam(betas=betas, eps=eps, weight_decay=weight_decay, kernel=kernel)
 
 
 def _describe(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -1,0 +1,416 @@
+"""Time, memory, FLOPs and communication of a step of UniDEC and of its rivals.
+
+    python scripts/bench/rivals.py [--quick] [--json FILE] [--results DIR]
+
+Made-up corpora of 10,000 to 1,000,000 labels and an untrained two-layer encoder of width 64
+(--width); every system takes the steps of the real trainer, at one rank and at two real gloo ranks,
+each run in processes of its own.
+
+- psl: UniDEC, both heads, a pool of 1,024 labels (random hard negatives fill it).
+- pol, pal: one positive of each query (dual encoder), and all of them (both heads).
+- dexml: dual encoder alone, decoupled softmax over all labels, which are all encoded.
+- renee: classifier alone, binary cross-entropy over all labels, streamed, SGD with momentum.
+- zero_offload: psl with the classifier as a parameter of the DeepSpeed engine
+  (`scripts/bench/dense_offload.py`).
+
+`step_s` is the median over the steps after the first, on rank 0. `peak_bytes` is the most resident
+memory of a rank, the imported libraries included. `flops` are the matrix products of a step, which
+torch counts in the first one, of all ranks together; the formula is `rival_costs.step_flops`.
+`comm_bytes` is what `unidec_ds.comm` hands over on a rank in a step, `engine_bytes` what DeepSpeed
+does. Sizes whose run would take longer than --limit seconds, or more memory than is free, are
+extrapolated in a straight line from the two largest sizes measured, and marked.
+
+The last table is the paper's claim: an epoch of the rivals against UniDEC's on three public sets,
+FLOPs by formula with the recipes' encoder, batch and pool, and time at the rate of FLOPs that each
+system reached above at its largest measured size.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import results
+from rival_costs import Encoder, epoch_rows, forward_flops, step_flops
+
+sys.path.insert(0, str(results.ROOT / "scripts"))
+
+from make_synthetic import Sizes, Synthetic, write
+from make_tiny_encoder import make_encoder
+
+Figures = dict[str, Any]
+SYSTEMS = ("psl", "pol", "pal", "dexml", "renee", "zero_offload")
+FULL, QUICK = (10_000, 30_000, 100_000, 300_000, 1_000_000), (1_000, 3_000)
+QUICK_SYSTEMS = ("psl", "dexml", "renee", "zero_offload")
+QUERIES, POSITIVES, WORDS, MEMORY_SHARE = 4096, 3.0, 2_000, 0.8
+GROWS_WITH_LABELS = ("step_s", "peak_bytes", "flops", "formula_flops")
+_PRELOAD = ["deepspeed", "accelerate", "transformers", "torch.utils.flop_counter",
+            "unidec_ds.trainer", "unidec_ds.job"]  # fmt: skip
+_DE_ALONE = {"classifier": "none", "l2q": False}
+SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "psl": {},
+    "pol": {
+        "objective": _DE_ALONE,
+        "pool": {
+            "size": 0, "num_positives": 1, "num_hard_negatives": 0, "fill_with_positives": False
+        },
+    },
+    "pal": {"pool": {"size": 0, "num_positives": 0, "num_hard_negatives": 0}},
+    "dexml": {"objective": {**_DE_ALONE, "de": "decoupled", "pool": "all"}},
+    "renee": {
+        "objective": {"de": "none", "classifier": "bce", "pool": "all", "l2q": False},
+        "classifier": {"optimizer": "sgd", "format": "fp32", "streamed": True},
+        "train": {"recompute": False},
+    },
+    "zero_offload": {"classifier": {"format": "fp32"}},
+}  # fmt: skip
+
+
+def make_corpus(work: Path, labels: int, width: int) -> None:
+    """Writes and prepares the corpus of a size, and the encoder of all."""
+    from unidec_ds.data.prepare import prepare
+
+    folder = work / f"{labels}"
+    if (folder / "corpus").is_dir():
+        return
+    sizes = Sizes(QUERIES, 16, labels, POSITIVES)
+    write(Synthetic(sizes, WORDS, seed=0), folder / "raw", filter_share=0.0)
+    if not (work / "encoder").is_dir():
+        make_encoder(folder / "raw", work / "encoder", width=width, num_words=2 * WORDS)
+    prepare(folder / "raw", folder / "corpus", encoder=str(work / "encoder"), max_length=32)
+
+
+def recipe_file(work: Path, system: str, labels: int, batch_size: int, pool_size: int) -> Path:
+    """Writes the recipe of a system at a size."""
+    content: dict[str, Any] = {
+        "corpus": {"path": str(work / f"{labels}" / "corpus"), "validation_fraction": 0.0},
+        "encoder": {"name": str(work / "encoder"), "max_length": 32},
+        "model": {"head_dropout": 0.0, "row_dropout": 0.0},
+        "pool": {"size": pool_size},
+        "objective": {"l2q": True},
+        "mining": {"every_epochs": 0},
+        "train": {"batch_size": batch_size, "epochs": 100, "encoder_chunk": 256,
+                  "loss_block_bytes": 64 << 20},
+    }  # fmt: skip
+    for section, values in SECTIONS[system].items():
+        content[section] = {**content.get(section, {}), **values}
+    path = work / f"{system}_{labels}.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def train_on_rank(recipe_path: str, run: str, system: str, num_steps: int) -> Figures:
+    """Takes steps on this rank, as the environment describes it; returns its figures."""
+    from collectives import CollectiveCounter
+    from dense_offload import DenseOffload
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from unidec_ds import comm
+    from unidec_ds.config import load_recipe
+    from unidec_ds.engine import start_engine
+    from unidec_ds.job import prepare_job
+    from unidec_ds.monitor import StepTimer
+    from unidec_ds.trainer import Trainer
+
+    recipe = load_recipe(recipe_path)
+    with CollectiveCounter() as counter:
+        job = prepare_job(recipe, results.ROOT / "ds_configs" / "cpu.json", Path(run))
+        engine = start_engine(job.ds_config, recipe.train.batch_size)
+        trainer: Any
+        if system == "zero_offload":
+            trainer = DenseOffload(recipe, job.corpus, engine)
+            make_batch = trainer.make_batch
+            config = trainer.module.model.encoder.config
+
+            def take_step(batch: Any) -> None:
+                trainer.train_step(batch)
+        else:
+            trainer = Trainer(recipe, job.ds_config, job.corpus, engine, Path(run))
+            make_batch = trainer._make_batch
+            config = trainer.model.encoder.config
+
+            def take_step(batch: Any) -> None:
+                trainer.train_step(batch, StepTimer(engine.device, synchronize=False))
+                trainer.step += 1
+
+        if recipe.pool.num_hard_negatives and recipe.objective.pool == "psl":
+            shape = (job.corpus.positives["train"].num_rows, recipe.mining.shortlist_size)
+            drawn = np.random.default_rng(0).integers(job.corpus.num_labels, size=shape)
+            trainer.planner = trainer.planner.with_mined(drawn.astype(np.int32), None)
+        first = make_batch(0)
+        with FlopCounterMode(display=False) as flops:
+            take_step(first)
+        seconds, handed = [], []
+        for step in range(1, num_steps + 1):
+            batch = make_batch(step)
+            comm.barrier()
+            before, start = counter.snapshot(), perf_counter()
+            take_step(batch)
+            seconds.append(perf_counter() - start)
+            handed.append(counter.since(before))
+    sizes = Encoder(config.hidden_size, config.num_hidden_layers, config.intermediate_size)
+    encoded = forward_flops(sizes, [tuple(chunk.input_ids.shape) for chunk in first.chunks])
+    own = {"labels": len(first.own_pool), "text_labels": len(first.own_pool_with_text)}
+    rows = max(1, recipe.train.loss_block_bytes // (4 * len(first.plan.query_ids)))
+    figures = {
+        "step_s": median(seconds),
+        "peak_bytes": peak_bytes(),
+        "flops": flops.get_total_flops(),
+        "formula_flops": step_flops(
+            recipe,
+            encoded,
+            sizes.width,
+            queries=len(first.plan.query_ids),
+            own_queries=first.query_sizes[comm.rank()],
+            blocks=(-(-own["text_labels"] // rows), -(-own["labels"] // rows)),
+            **own,
+        ),
+        "comm_bytes": median(step["unidec_ds"] for step in handed),
+        "engine_bytes": median(step["engine"] for step in handed),
+        "pool": len(first.plan.label_ids),
+    }
+    if system != "zero_offload":
+        trainer.monitor.close()
+    engine.close()
+    return figures
+
+
+def peak_bytes() -> int:
+    """Returns the most resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def run_rank(environment: dict[str, str], out: str, log: str, *arguments: Any) -> None:
+    """Becomes one rank and leaves its figures in a file, what it says in another."""
+    os.environ.update(environment)
+    said = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    Path(out).write_text(json.dumps(train_on_rank(*arguments)))
+
+
+def measure(recipe: Path, system: str, world_size: int, num_steps: int) -> Figures:
+    """Returns the figures of a system on new processes, one a rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        processes = []
+        for rank in range(world_size):
+            environment = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            arguments = (
+                {key: str(value) for key, value in environment.items()},
+                f"{folder}/{rank}.json", f"{folder}/{rank}.log",
+                str(recipe), f"{folder}/run", system, num_steps,
+            )  # fmt: skip
+            processes.append(context.Process(target=run_rank, args=arguments, daemon=True))
+            processes[-1].start()
+        while alive := [process for process in processes if process.is_alive()]:
+            wait([process.sentinel for process in alive])
+            if any(process.exitcode for process in processes):  # the others would wait for it
+                for process in alive:
+                    process.kill()
+        codes = [process.exitcode or 0 for process in processes]
+        if any(codes):  # those that were killed have negative codes
+            rank = codes.index(max(codes, key=lambda code: (code > 0, code < 0)))
+            print(Path(f"{folder}/{rank}.log").read_text(), file=sys.stderr)
+            raise SystemExit(f"{system}: rank {rank} of {world_size} failed, see above")
+        ranks = [json.loads(Path(f"{folder}/{rank}.json").read_text())
+                 for rank in range(world_size)]  # fmt: skip
+    summed = {key: sum(rank[key] for rank in ranks) for key in ("flops", "formula_flops")}
+    return {**ranks[0], "peak_bytes": max(rank["peak_bytes"] for rank in ranks), **summed}
+
+
+def measure_all(
+    work: Path, sizes: Sequence[int], systems: Sequence[str], args: Any
+) -> list[Figures]:
+    """Returns one line for each system, world size and number of labels."""
+    from unidec_ds.classifier.capacity import host_free_bytes
+
+    made: list[Figures] = []
+    for labels in sizes:
+        make_corpus(work, labels, args.width)
+        for system in systems:
+            path = recipe_file(work, system, labels, args.batch_size, args.pool_size)
+            for world_size in args.ranks:
+                if args.quick and world_size > 1 and labels < sizes[-1]:
+                    continue
+                line = {"system": system, "labels": labels, "world_size": world_size}
+                known = [
+                    f for f in made
+                    if (f["system"], f["world_size"]) == (system, world_size)
+                ][-2:]  # fmt: skip
+                guess = extrapolate(known, labels) if len(known) == 2 else None
+                if guess and (
+                    guess["extrapolated"]
+                    or guess["step_s"] * (args.steps + 1) > args.limit
+                    or guess["peak_bytes"] * world_size > MEMORY_SHARE * host_free_bytes()
+                ):
+                    made.append({**guess, **line, "extrapolated": True})
+                    continue
+                figures = measure(path, system, world_size, args.steps)
+                made.append({**line, **figures, "extrapolated": False})
+                print(
+                    f"{system}, {labels:,} labels, {world_size} ranks: "
+                    f"{figures['step_s']:.3f} s, {figures['peak_bytes'] / 2**20:,.0f} MiB",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return made
+
+
+def extrapolate(known: list[Figures], labels: int) -> Figures:
+    """Returns the figures of a size on the straight line through two others."""
+    small, large = known
+    reach = (labels - large["labels"]) / (large["labels"] - small["labels"])
+    grown = {key: large[key] + reach * (large[key] - small[key]) for key in GROWS_WITH_LABELS}
+    scores_all = large["pool"] == large["labels"]
+    return {**large, **grown, "pool": labels if scores_all else large["pool"]}
+
+
+def page(figures: list[Figures], epochs: list[Figures], args: Any) -> str:
+    """Returns the tables."""
+    rows = [
+        [
+            *(f["system"], f"{f['labels']:,}{' *' if f['extrapolated'] else ''}"),
+            *(str(f["world_size"]), f"{f['pool']:,}", f"{1e3 * f['step_s']:,.0f}"),
+            *(f"{f['peak_bytes'] / 2**20:,.0f}", f"{f['flops'] / 1e9:,.2f}"),
+            *(f"{f['formula_flops'] / f['flops']:.3f}", f"{f['comm_bytes']:,.0f}"),
+            f"{f['engine_bytes']:,.0f}",
+        ]
+        for f in figures
+    ]
+    columns = ["system", "labels", "ranks", "pool", "step ms", "peak MiB", "GFLOP", "formula",
+               "bytes, ours", "bytes, engine"]  # fmt: skip
+    claim = [
+        [
+            *(f["set"], f["system"].removeprefix("epoch:").replace("psl", "UniDEC")),
+            *(f"{f['labels']:,}", str(f["world_size"]), f"{f['epoch_flops'] / 1e15:,.2f}"),
+            *(f"{f['times_unidec_flops']:.2f}", f"{f['epoch_s'] / 3600:,.1f}"),
+            *(f"{f['times_unidec_s']:.2f}", f"{f['peak_bytes'] / 2**30:.2f}"),
+            f"{f['comm_bytes'] / 2**20:.1f}",
+        ]
+        for f in epochs
+    ]
+    claimed = ["set", "system", "labels", "GPUs", "PFLOP a GPU and epoch", "x UniDEC",
+               "hours", "x UniDEC", "labels GiB a GPU", "MiB sent a step"]  # fmt: skip
+    return "\n".join(
+        [
+            f"Batch {args.batch_size}, pool of psl {args.pool_size}, two-layer encoder of width "
+            f"{args.width}, medians of {args.steps} steps. What the systems and columns are: "
+            "`scripts/bench/rivals.py`. `formula` is the FLOPs by formula over those counted; "
+            "bytes are a step's, on one rank. * extrapolated.",
+            "",
+            results.table(columns, rows),
+            "",
+            "## An epoch on the public sets",
+            "",
+            "DistilBERT, the recipes' batch, pool and text length; FLOPs by formula, hours at the "
+            "rate of FLOPs that the system reached above, so of this machine's and without "
+            "communication. `labels GiB` is what a GPU holds of the labels: UniDEC's pool "
+            "(vectors, rows and their gradients), DEXML's vectors and gradients, Renee's rows and "
+            "momentum (which an offloading ds_config puts on the host).",
+            "",
+            results.table(claimed, claim, texts=2),
+            "",
+            *conclusions(epochs),
+        ]
+    )
+
+
+def conclusions(epochs: list[Figures]) -> list[str]:
+    """Returns what the last table says of the paper's claim of 4 to 16 times less compute."""
+    if not epochs:
+        return []
+    said = [
+        "The paper claims 4 to 16 times less compute than training over the whole label space.",
+        "",
+    ]
+    for system, name in (("dexml", "DEXML"), ("renee", "Renee")):
+        part = [f for f in epochs if f["system"] == f"epoch:{system}" and f["world_size"] == 1]
+        ratios = ", ".join(f"{f['times_unidec_flops']:.2f} on {f['set']}" for f in part)
+        said.append(f"- {name}'s epoch takes this many times UniDEC's FLOPs: {ratios}.")
+    said.append(
+        "- Renee encodes no label's text, so it takes fewer FLOPs than UniDEC, and memory and its "
+        "traffic for all rows instead. Its published figures start from an encoder that NGAME "
+        "trained, and go over the label texts as queries too; neither is counted here."
+    )
+    return said
+
+
+def plot(figures: list[Figures]) -> results.LogLogPlot:
+    """Returns the step over the number of labels, on one rank."""
+    lines = {
+        system: [
+            (f["labels"], 1e3 * f["step_s"])
+            for f in figures
+            if (f["system"], f["world_size"]) == (system, 1)
+        ]
+        for system in dict.fromkeys(f["system"] for f in figures)
+    }
+    return results.LogLogPlot(
+        title="A training step, all labels against a pool",
+        x_label="labels",
+        y_label="step, ms",
+        lines=lines,
+    )
+
+
+def main() -> None:
+    """Measures the systems and writes what was asked for."""
+    parser = results.parser(__doc__, quick="four systems at 1,000 and 3,000 labels, two ranks once")
+    parser.add_argument("--labels", type=int, nargs="+", metavar="L", help="ascending sizes")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="W")
+    parser.add_argument("--width", type=int, default=64, help="of the encoder (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=None, help="default: 256")
+    parser.add_argument("--pool-size", type=int, default=None, help="of psl (default: 1,024)")
+    parser.add_argument("--steps", type=int, default=None, help="that count (default: 3)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a run (default: 300)")
+    parser.add_argument("--work", type=Path, help="keep the prepared corpora here")
+    args = parser.parse_args()
+    args.batch_size = args.batch_size or (64 if args.quick else 256)
+    args.pool_size = args.pool_size or (256 if args.quick else 1024)
+    args.steps = args.steps or (2 if args.quick else 3)
+    systems = args.systems or (QUICK_SYSTEMS if args.quick else SYSTEMS)
+    sizes = sorted(args.labels or (QUICK if args.quick else FULL))
+    with tempfile.TemporaryDirectory(prefix="rivals_") as temporary:
+        figures = measure_all(args.work or Path(temporary), sizes, systems, args)
+    rates = {}
+    for system in ("psl", "dexml", "renee"):
+        measured = [
+            f for f in figures
+            if (f["system"], f["world_size"], f["extrapolated"]) == (system, 1, False)
+        ]  # fmt: skip
+        if measured:
+            rates[system] = measured[-1]["flops"] / measured[-1]["step_s"]
+    epochs = epoch_rows(rates) if len(rates) == 3 else []
+    results.publish(
+        "rivals",
+        args,
+        [*figures, *epochs],
+        title="UniDEC and its rivals, step by step",
+        body=page(figures, epochs, args),
+        plot=plot(figures),
+    )
+
+
+if __name__ == "__main__":
+    main()
