@@ -55,6 +55,9 @@ class CorpusConfig(Settings):
     a label's last positive, so it may be less. 0 trains on all."""
     prepared_dir: str = "prepared"
     """Folder under which raw corpora are prepared, one folder per corpus and tokenizer."""
+    quarantine: str = ""
+    """File for the bad lines of a raw corpus, which is then prepared without them. Empty: the first
+    bad line is an error. No effect on a prepared corpus."""
 
 
 class RaggedTokens(NamedTuple):
@@ -213,7 +216,20 @@ class Corpus:
                 f"the limit of {self.manifest['max_length']}"
             )
         lines += describe_oddities(self.manifest["oddities"])
+        lines += self.describe_put_aside()
         return "\n".join(lines)
+
+    @property
+    def num_lines_put_aside(self) -> int:
+        """Bad lines of the source that were left out when it was prepared."""
+        return int(self.manifest.get("put_aside", {}).get("lines", 0))
+
+    def describe_put_aside(self) -> list[str]:
+        """Returns a line about what was put aside, and one for each kind; none if nothing was."""
+        counts = self.manifest.get("put_aside", {})
+        return [
+            f"  {text.format(counts[key])}" for key, text in PUT_ASIDE.items() if counts.get(key)
+        ]
 
 
 def describe_oddities(oddities: dict[str, int]) -> list[str]:
@@ -236,6 +252,15 @@ ODDITIES = {
     "irrelevant_targets": "{:,} targets with relevance 0: left out",
 }
 """What real data legitimately hold: how it is counted in the manifest, and what is done."""
+
+PUT_ASIDE = {
+    "lines": "{:,} bad lines put aside; because of them:",
+    "labels": "  {:,} labels without a text: kept, so that no label changes its row",
+    "train_queries": "  {:,} train queries left out, with their positives and filter pairs",
+    "test_queries": "  {:,} test queries left out, with their positives and filter pairs",
+    "filter_pairs": "  {:,} filter pairs left out",
+}
+"""What a quarantine took from a corpus, counted in the manifest."""
 
 
 def open_corpus(path: Path) -> Corpus:

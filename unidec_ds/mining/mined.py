@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,15 +93,19 @@ def open_mined(folder: Path, epoch: int) -> Mined:
     try:
         record = json.loads((place / _RECORD).read_text(encoding="utf-8"))
         clusters = np.load(place / _CLUSTERS, mmap_mode="r") if record["clusters"] else None
+        shortlists = np.load(place / _SHORTLISTS, mmap_mode="r")
+        for array, what, ndim in ((shortlists, _SHORTLISTS, 2), (clusters, _CLUSTERS, 1)):
+            if array is not None and (array.ndim, array.dtype) != (ndim, np.int32):
+                raise ValueError(f"{what} holds {array.dtype} of shape {array.shape}")
         return Mined(
             epoch=epoch,
-            shortlists=np.load(place / _SHORTLISTS, mmap_mode="r"),
+            shortlists=shortlists,
             clusters=clusters,
             seconds=MiningSeconds(**record["seconds"]),
             texts=MiningTexts(**record["texts"]),
             recall=float(record["recall"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
         raise CheckpointError(
             f"{place}: cannot open the shortlists mined for epoch {epoch} ({error}); needed "
             f"{_SHORTLISTS} and {_RECORD} as mining wrote them, on a disk that every rank sees. "
