@@ -34,7 +34,6 @@ from unidec_ds.model import ModelConfig
 from unidec_ds.optim import OptimizerConfig
 from unidec_ds.settings import Settings
 
-
 MAX_RECIPE_BYTES = 1 << 18
 """A larger file is refused; a recipe has some 5,000 bytes."""
 

@@ -128,7 +128,7 @@ class SparseMatrixFile:
             except ValueError:
                 raise self._not_an_entry(entry, line, text) from None
         if _is_written_oddly(text):
-            odd = next(entry for entry in text.split() if _is_written_oddly(entry))
+            odd = next((entry for entry in text.split() if _is_written_oddly(entry)), text)
             raise self._not_an_entry(odd, line, text)
         return MatrixRow(line, columns, values)
 
@@ -137,7 +137,10 @@ class SparseMatrixFile:
         return LineError(self.path, line, reason, text)
 
     def _npz_shape(self) -> tuple[int, int]:
-        with self._reading_npz(), zipfile.ZipFile(self.path) as archive:
+        with self._reading_npz(), self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            file.seek(0)
+            if file.read(2) != b"PK":  # zipfile passes over anything in front, scipy does not
+                raise ValueError("it does not begin as a zip file")
             kind = _NpyStream(archive, "format").bytes().decode()
             if kind == "csr":
                 numbers = _NpyStream(archive, "shape", of="iu")

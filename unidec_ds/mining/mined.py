@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +96,9 @@ def open_mined(folder: Path, epoch: int) -> Mined:
         for array, what, ndim in ((shortlists, _SHORTLISTS, 2), (clusters, _CLUSTERS, 1)):
             if array is not None and (array.ndim, array.dtype) != (ndim, np.int32):
                 raise ValueError(f"{what} holds {array.dtype} of shape {array.shape}")
+        numbers = [*record["seconds"].values(), *record["texts"].values()]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"{_RECORD} holds {numbers}, needed numbers")
         return Mined(
             epoch=epoch,
             shortlists=shortlists,
@@ -105,7 +107,7 @@ def open_mined(folder: Path, epoch: int) -> Mined:
             texts=MiningTexts(**record["texts"]),
             recall=float(record["recall"]),
         )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile) as error:
+    except Exception as error:  # NumPy and json have a dozen kinds for damaged files
         raise CheckpointError(
             f"{place}: cannot open the shortlists mined for epoch {epoch} ({error}); needed "
             f"{_SHORTLISTS} and {_RECORD} as mining wrote them, on a disk that every rank sees. "
