@@ -152,7 +152,7 @@ def test_a_damaged_page_of_a_parquet_file_ended_in_a_traceback(tmp_path):
 
 def test_values_that_python_cannot_hold_ended_in_a_traceback(tmp_path):
     write_parquet(tmp_path, random_content())
-    late = pa.array([2**62], pa.timestamp("s"))
+    late = pa.array([2**62], pa.timestamp("ms"))
     table = pa.table({"id": late, "text": ["a"], "labels": [["1"]]})
     pa.parquet.write_table(table, tmp_path / "queries.parquet")
     with pytest.raises(CorpusError, match=r"queries\.parquet:1: "):
