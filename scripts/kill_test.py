@@ -42,6 +42,7 @@ from make_tiny_encoder import make_encoder
 from unidec_ds import checkpoint
 from unidec_ds.cli import exit_with_message
 from unidec_ds.errors import UserError
+from unidec_ds.manifest import read_manifest
 
 PHASES = ("start", "step", "save", "mining", "evaluation", "between")
 TARGETS = ("start", "step", "save", "writing", "mining", "evaluation")
@@ -284,7 +285,7 @@ def _read(run: Path) -> dict[str, Any]:
     evaluation = json.loads((run / "evaluation.json").read_text())
     return {
         "damage": damage,
-        "files": checkpoint.read_manifest(newest)["files"],
+        "files": read_manifest(newest)["files"],
         "folders": sorted(path.name for path in newest.parent.iterdir()),
         "best": best,
         "losses": [(r["step"], r["loss"]) for r in records if "loss" in r],

@@ -17,6 +17,7 @@ from unidec_ds import checkpoint, comm
 from unidec_ds.classifier.storage import Placement
 from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
 from unidec_ds.errors import CheckpointError, SaveError
+from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest
 
 ENCODER = {"weight": torch.arange(6.0).reshape(2, 3), "weight.exp_avg": torch.ones(2, 3)}
 
@@ -45,7 +46,7 @@ def save(folder, step, keep=2, seed=0):
 def read_all(folder):
     table = make_table(seed=99)
     newest = checkpoint.latest(Path(folder))
-    checkpoint.load_rows(newest, checkpoint.read_manifest(newest), table)
+    checkpoint.load_rows(newest, read_manifest(newest), table)
     own = np.arange(comm.rank(), 11, comm.world_size())
     return own, table.read(own)
 
@@ -65,9 +66,9 @@ def test_manifest_tensors_and_pruning(tmp_path):
     assert folders == ["step_00000005", "step_00000009"]
     newest = checkpoint.latest(tmp_path)
     assert newest.name == "step_00000009"
-    manifest = checkpoint.read_manifest(newest)
+    manifest = read_manifest(newest)
     assert (manifest["step"], manifest["note"], manifest["num_labels"]) == (9, "x", 11)
-    tensors = checkpoint.load_tensors(newest, manifest, checkpoint.ENCODER_FILE)
+    tensors = load_tensors(newest, manifest, ENCODER_FILE)
     assert all(torch.equal(tensors[name], ENCODER[name]) for name in ENCODER)
     assert {p.suffix for p in newest.iterdir()} == {".json", ".safetensors"}
 
@@ -86,25 +87,25 @@ def test_an_interrupted_save_is_never_taken_for_a_checkpoint(tmp_path):
 
 def test_damage_is_found_and_named(tmp_path):
     folder = save(tmp_path, 3)
-    file = folder / checkpoint.ENCODER_FILE
+    file = folder / ENCODER_FILE
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     with pytest.raises(CheckpointError, match=r"encoder\.safetensors is damaged"):
-        checkpoint.load_tensors(folder, manifest, checkpoint.ENCODER_FILE)
+        load_tensors(folder, manifest, ENCODER_FILE)
     file.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match="its manifest says"):
-        checkpoint.read_manifest(folder)
+        read_manifest(folder)
     file.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        checkpoint.read_manifest(folder)
+        read_manifest(folder)
     (folder / "manifest.json").write_text('{"format_version": 1')
     with pytest.raises(CheckpointError, match="is damaged"):
-        checkpoint.read_manifest(folder)
+        read_manifest(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        checkpoint.read_manifest(folder)
+        read_manifest(folder)
 
 
 def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
@@ -114,13 +115,13 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
     (tmp_path / "secret").write_text("x")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="is missing"):
-        checkpoint.read_manifest(folder)
+        read_manifest(folder)
 
 
 def test_rows_of_other_labels_are_refused(tmp_path):
     folder = save(tmp_path, 3)
     with pytest.raises(CheckpointError, match="11 labels of width 4; this run has 12"):
-        checkpoint.load_rows(folder, checkpoint.read_manifest(folder), make_table(num_labels=12))
+        checkpoint.load_rows(folder, read_manifest(folder), make_table(num_labels=12))
 
 
 class KilledError(BaseException):

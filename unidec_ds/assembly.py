@@ -26,6 +26,7 @@ from unidec_ds.ds_config import DsConfig
 from unidec_ds.encoders import empty_encoder, load_encoder
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import Evaluation, RowSource, SearchView, evaluate, sample_queries
+from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest, rows_file
 from unidec_ds.model import UniDEC
 from unidec_ds.unified import GRID, UnifiedWeight, choose_weight
 
@@ -179,10 +180,10 @@ class SavedRows:
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
         self._world_size = int(manifest["world_size"])
         self._shards = [
-            checkpoint.load_tensors(folder, manifest, checkpoint.rows_file(rank, self._world_size))
+            load_tensors(folder, manifest, rows_file(rank, self._world_size))
             for rank in range(self._world_size)
         ]
         self._width = int(manifest["width"])
@@ -232,7 +233,7 @@ def load_run(
     overrides = [f"corpus.path={corpus}"] if corpus else None
     recipe = load_recipe(str(folder / "config.yaml"), overrides)
     opened = resolve_corpus(recipe.corpus, recipe.encoder.name, recipe.encoder.max_length)
-    manifest = checkpoint.read_manifest(chosen)
+    manifest = read_manifest(chosen)
     if manifest["corpus_fingerprint"] != opened.fingerprint:
         raise CheckpointError(
             f"{chosen} was trained on the corpus {manifest['corpus_fingerprint'][:16]}, but "
@@ -240,7 +241,7 @@ def load_run(
             "have changed since; give the corpus of the run with --corpus"
         )
     model = build_model(recipe, device)
-    tensors = checkpoint.load_tensors(chosen, manifest, checkpoint.ENCODER_FILE)
+    tensors = load_tensors(chosen, manifest, ENCODER_FILE)
     model.load_state_dict({name: tensors[name] for name, _ in model.named_parameters()},
                           strict=False)  # fmt: skip
     return LoadedRun(folder, chosen, recipe, opened, model.eval(), SavedRows(chosen))

@@ -29,22 +29,27 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unidec_ds import comm
 from unidec_ds.classifier.table import ClassifierTable
-from unidec_ds.durable import sha256, stream_tensors, sync_folder, write_tensors, write_text
+from unidec_ds.durable import stream_tensors, sync_folder, write_tensors, write_text
 from unidec_ds.errors import CheckpointError, SaveError
+from unidec_ds.manifest import (
+    ENCODER_FILE,
+    FORMAT_VERSION,
+    MANIFEST,
+    load_tensors,
+    read_manifest,
+    rows_file,
+    verify_file,
+)
 from unidec_ds.settings import Settings
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
-ENCODER_FILE = "encoder.safetensors"
-_MANIFEST = "manifest.json"
 _LATEST, _BEST = "latest", "best.json"
-_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
+_NAME = re.compile(r"step_([0-9]{8,18})(\.replaced)?")
 
 
 class CheckpointConfig(Settings):
@@ -202,7 +207,8 @@ def best(run: Path) -> Best | None:
     """Returns what `write_best` noted, None if there is nothing or its checkpoint is gone."""
     try:
         noted = Best(**json.loads((run / "checkpoints" / _BEST).read_text(encoding="utf-8")))
-        return noted if (run / "checkpoints" / noted.name / _MANIFEST).is_file() else None
+        is_there = (run / "checkpoints" / noted.name / MANIFEST).is_file()
+        return noted if is_there and _NAME.fullmatch(noted.name) else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -210,10 +216,10 @@ def best(run: Path) -> Best | None:
 def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) -> None:
     """Gives a checkpoint whose files are written its manifest and its name; removes old ones."""
     checkpoints = final.parent
-    write_text(partial / _MANIFEST, json.dumps(manifest, indent=2))
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
     sync_folder(partial)
     replaced = final.with_name(f"{final.name}.replaced")
-    if (final / _MANIFEST).is_file():  # the same step again, after a resume
+    if (final / MANIFEST).is_file():  # the same step again, after a resume
         _remove(replaced)
         final.rename(replaced)
     else:
@@ -235,7 +241,7 @@ def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int)
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint; what a kill leaves of it has no manifest, so it is none."""
-    (folder / _MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -244,18 +250,13 @@ def place(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
 
 
-def rows_file(rank: int, world_size: int) -> str:
-    """Returns the name of the file that holds one rank's classifier rows."""
-    return f"rows-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
 def latest(run: Path) -> Path | None:
     """Returns the newest complete checkpoint of a run directory, None if there is none."""
     pointer = run / "checkpoints" / _LATEST
     if pointer.is_file():
-        folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-        if (folder / _MANIFEST).is_file():
-            return folder
+        name = pointer.read_bytes().decode("utf-8", "replace").strip()
+        if _NAME.fullmatch(name) and (pointer.parent / name / MANIFEST).is_file():
+            return pointer.parent / name
     saved = _complete(run / "checkpoints")
     return saved[max(saved)] if saved else None
 
@@ -297,7 +298,7 @@ def choose(run: Path, which: str) -> Path:
                 "evaluation.every_epochs above 0 and validation queries"
             )
         return run / "checkpoints" / noted.name
-    if not (Path(which) / _MANIFEST).is_file():
+    if not (Path(which) / MANIFEST).is_file():
         raise CheckpointError(f"{which} is no complete checkpoint; needs latest, best or a folder")
     return Path(which)
 
@@ -310,7 +311,7 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         manifest, fault = read_manifest(checkpoint), None
         for name in sorted(manifest["files"])[comm.rank() :: comm.world_size()]:
-            _verify(checkpoint / name, manifest)
+            verify_file(checkpoint / name, manifest)
     except (CheckpointError, OSError) as error:
         fault = str(error)
     return next((found for found in comm.gather_objects(fault) if found), None)
@@ -319,7 +320,7 @@ def find_damage(checkpoint: Path) -> str | None:
 def _complete(checkpoints: Path) -> dict[int, Path]:
     """Returns the folders of complete checkpoints by step."""
     found: dict[int, Path] = {}
-    for manifest in sorted(checkpoints.glob(f"step_*/{_MANIFEST}"), reverse=True):
+    for manifest in sorted(checkpoints.glob(f"step_*/{MANIFEST}"), reverse=True):
         if _NAME.fullmatch(manifest.parent.name):  # "step_X" comes after "step_X.replaced"
             found[_step_of(manifest.parent)] = manifest.parent
     return found
@@ -328,75 +329,6 @@ def _complete(checkpoints: Path) -> dict[int, Path]:
 def _step_of(folder: Path) -> int:
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest after checking that its files are whole.
-
-    Raises:
-        CheckpointError: no manifest, another format, or a file missing or altered.
-    """
-    path = checkpoint / _MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        version = manifest["format_version"]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{checkpoint} is not a complete checkpoint: it has no {_MANIFEST}"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version}; this version reads {FORMAT_VERSION}"
-        )
-    for name, entry in files.items():
-        file = checkpoint / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file} is missing; use another checkpoint of the run")
-        if (size := file.stat().st_size) != entry["bytes"]:
-            raise CheckpointError(
-                f"{file} has {size:,} bytes, its manifest says {entry['bytes']:,}; "
-                "use another checkpoint of the run"
-            )
-    return manifest
-
-
-def has_all_files(checkpoint: Path) -> bool:
-    """Returns whether `read_manifest` finds nothing wrong."""
-    try:
-        read_manifest(checkpoint)
-    except CheckpointError:
-        return False
-    return True
-
-
-def manifest_digest(checkpoint: Path) -> str:
-    """Returns the SHA-256 of a checkpoint's manifest, which names that of each of its files.
-
-    It tells checkpoints apart, also those of the same step in two runs.
-    """
-    return sha256(checkpoint / _MANIFEST)
-
-
-def load_tensors(
-    checkpoint: Path, manifest: Mapping[str, Any], name: str, *, verify: bool = True
-) -> dict[str, Tensor]:
-    """Returns the tensors of one of a checkpoint's files, memory-mapped.
-
-    Args:
-        checkpoint: a complete checkpoint.
-        manifest: its manifest.
-        name: the file's name.
-        verify: read the file through and compare its checksum first.
-
-    Raises:
-        CheckpointError: the file is not what its manifest says.
-    """
-    if verify:
-        _verify(checkpoint / name, manifest)
-    return load_file(checkpoint / name)
 
 
 def load_rows(
@@ -424,12 +356,3 @@ def load_rows(
         name = rows_file(rank, saved_ranks)
         shard = load_tensors(checkpoint, manifest, name, verify=verify)
         table.load_shard(shard, rank, saved_ranks)
-
-
-def _verify(path: Path, manifest: Mapping[str, Any]) -> None:
-    needed = manifest["files"][path.name]["sha256"]
-    if (found := sha256(path)) != needed:
-        raise CheckpointError(
-            f"{path} is damaged: SHA-256 {found[:16]}..., its manifest says {needed[:16]}...; use "
-            "another checkpoint of the run"
-        )

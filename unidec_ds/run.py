@@ -33,6 +33,7 @@ from unidec_ds.config import Recipe, load_recipe, write_recipe
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import Evaluation, format_table
+from unidec_ds.manifest import has_all_files, read_manifest
 from unidec_ds.unified import TUNED_VIEW
 
 UNTRAINED = "untrained.json"
@@ -44,8 +45,8 @@ WARM_START = "warm_start.json"
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy")
 # Settings that may change when a run is continued: they do not touch the loss curve.
 _FREE_SECTIONS = ("checkpoint", "evaluation")
-_FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "train.encoder_chunk", "train.recompute",
-              "train.loss_block_bytes", "train.log_every_steps",
+_FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "corpus.quarantine", "train.encoder_chunk",
+              "train.recompute", "train.loss_block_bytes", "train.log_every_steps",
               "classifier.prefetch_rows")  # fmt: skip
 
 
@@ -77,8 +78,8 @@ def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | N
         raise UserError(
             f"--resume: there is no checkpoint {candidates[0]}; needs a folder or `auto`"
         )
-    chosen = next((c for c in candidates if checkpoint.has_all_files(c)), candidates[0])
-    checkpoint.read_manifest(chosen)
+    chosen = next((c for c in candidates if has_all_files(c)), candidates[0])
+    read_manifest(chosen)
     before = chosen.parent.parent / "config.yaml"
     if before.is_file():
         changed = _changed(load_recipe(str(before)), recipe)
@@ -124,7 +125,7 @@ def finished_report(run: Path, resume_from: Path | None) -> str | None:
     """Returns the report of a run whose last step and evaluation are done, else None."""
     if resume_from is None or not (run / REPORT).is_file():
         return None
-    manifest = checkpoint.read_manifest(resume_from)
+    manifest = read_manifest(resume_from)
     evaluated = read_json(run / EVALUATION).get("details", {}).get("step")
     if not manifest["step"] == manifest["total_steps"] == evaluated:
         return None
@@ -199,10 +200,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object, empty if there is no such file."""
+    """Returns a JSON object, empty if there is no such file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or copy the run again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; remove it, or copy the run again")
     return content
 
 
@@ -247,7 +257,7 @@ def describe_run(run: Path) -> str:
             f"matched, {begun['new']:,} new, {begun['dropped']:,} dropped"
         )
     if newest is not None:
-        manifest = checkpoint.read_manifest(newest)
+        manifest = read_manifest(newest)
         total = manifest["total_steps"]
         lines.append(f"step {manifest['step']} of {total}, {newest}")
     content = read_json(run / EVALUATION)

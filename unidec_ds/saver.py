@@ -10,6 +10,7 @@ from unidec_ds import checkpoint, comm
 from unidec_ds.checkpoint import CheckpointConfig
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.engine import Engine
+from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest
 
 
 class Saver:
@@ -43,9 +44,9 @@ class Saver:
 
     def restore(self, folder: Path) -> int:
         """Takes over the state of a checkpoint found to be whole; returns its step."""
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
         step = int(manifest["step"])
-        tensors = checkpoint.load_tensors(folder, manifest, checkpoint.ENCODER_FILE, verify=False)
+        tensors = load_tensors(folder, manifest, ENCODER_FILE, verify=False)
         self._engine.load_state(tensors, step)
         checkpoint.load_rows(folder, manifest, self._table, verify=False)
         if folder.resolve() == checkpoint.place(self._run, step).resolve():

@@ -41,6 +41,7 @@ from unidec_ds.embedding import BLOCK, embed_all
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.engine import Engine
 from unidec_ds.errors import CheckpointError, UserError
+from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest
 from unidec_ds.model import UniDEC
 from unidec_ds.run import WARM_START, read_json, write_json
 from unidec_ds.search import fixed_blocks
@@ -87,8 +88,8 @@ class WarmStart:
 
     def load_model(self, engine: Engine) -> None:
         """Sets encoder and heads; moments stay zero. Collectives: those of `Engine.load_state`."""
-        manifest = checkpoint.read_manifest(self.checkpoint)
-        tensors = checkpoint.load_tensors(self.checkpoint, manifest, checkpoint.ENCODER_FILE)
+        manifest = read_manifest(self.checkpoint)
+        tensors = load_tensors(self.checkpoint, manifest, ENCODER_FILE)
         engine.load_state(tensors, num_updates=0)
 
     def fill_rows(
@@ -185,7 +186,7 @@ def plan_warm_start(source: Path, recipe: Recipe, corpus: Corpus) -> WarmStart:
     newest = checkpoint.latest(source)
     if newest is None:
         raise CheckpointError(f"--init_from: {source} has no complete checkpoint yet")
-    manifest = checkpoint.read_manifest(newest)
+    manifest = read_manifest(newest)
     source_recipe = load_recipe(str(source / "config.yaml"))
     _check_model(newest, source_recipe, recipe, corpus)
     known = _label_digests_of(source, source_recipe, manifest)
@@ -250,7 +251,7 @@ def _check_model(newest: Path, source: Recipe, recipe: Recipe, corpus: Corpus) -
     """Raises UserError where the checkpoint's model is not of this recipe's kind."""
     faults = []
     needed = model_shapes(recipe)
-    with safe_open(newest / checkpoint.ENCODER_FILE, "pt") as file:
+    with safe_open(newest / ENCODER_FILE, "pt") as file:
         names = [name for name in file.keys() if not name.endswith((".exp_avg", ".exp_avg_sq"))]  # noqa: SIM118
         found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     different = sorted(

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 from unidec_ds.assembly import LoadedRun, load_run, make_planner, split_train_queries
-from unidec_ds.checkpoint import read_manifest
 from unidec_ds.data.pairs import Pairs
 from unidec_ds.data.pool import Planner, StepPlan
 from unidec_ds.embedding import embed_all
+from unidec_ds.manifest import read_manifest
 from unidec_ds.mining.mine import mine
 from unidec_ds.mining.mined import Mined
 from unidec_ds.mining.vector_cache import FreshVectors, open_fresh

@@ -12,6 +12,7 @@ from tiny import make_inputs, write_recipe_file
 from training import read_losses
 
 from unidec_ds import checkpoint
+from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest, rows_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.kernel]
 
@@ -51,7 +52,7 @@ def undisturbed(inputs, tmp_path_factory):
 
 def assert_ends_as(run, undisturbed):
     ours, theirs = checkpoint.latest(run), checkpoint.latest(undisturbed)
-    assert checkpoint.read_manifest(ours)["files"] == checkpoint.read_manifest(theirs)["files"]
+    assert read_manifest(ours)["files"] == read_manifest(theirs)["files"]
     assert list(read_losses(run).items()) == list(read_losses(undisturbed).items())
     assert evaluations(run) == evaluations(undisturbed)
     events = EventAccumulator(str(run), {"scalars": 0}).Reload()
@@ -75,7 +76,7 @@ def test_files_written_in_the_background_are_those_of_saves_that_wait(
     assert len(steps) >= 3
     for step in steps:
         one, other = (
-            checkpoint.read_manifest(checkpoint.place(run, step))["files"]
+            read_manifest(checkpoint.place(run, step))["files"]
             for run in (undisturbed, tmp_path / "run")
         )
         assert one == other
@@ -151,11 +152,11 @@ def test_damaged_checkpoints_are_passed_over_loudly_or_refused(inputs, undisturb
     shutil.copytree(undisturbed, run)
     steps = checkpoint.kept_steps(run)
     newest, before, good = (checkpoint.place(run, step) for step in reversed(steps[-3:]))
-    shard = newest / checkpoint.rows_file(1, 2)
+    shard = newest / rows_file(1, 2)
     shard.write_bytes(shard.read_bytes()[:-1])
-    flipped = bytearray((before / checkpoint.ENCODER_FILE).read_bytes())
+    flipped = bytearray((before / ENCODER_FILE).read_bytes())
     flipped[-1] ^= 1
-    (before / checkpoint.ENCODER_FILE).write_bytes(flipped)
+    (before / ENCODER_FILE).write_bytes(flipped)
     for code, message in launch(inputs, run, resume=str(before)):
         assert code == 2
         assert ("encoder.safetensors is damaged" in message) == ("error" in message)
@@ -163,7 +164,7 @@ def test_damaged_checkpoints_are_passed_over_loudly_or_refused(inputs, undisturb
     assert [code, other_code] == [0, 0]
     warning = message.partition("WARNING: ")[2]
     assert f"{shard} has" in warning
-    assert f"{before / checkpoint.ENCODER_FILE} is damaged" in warning
+    assert f"{before / ENCODER_FILE} is damaged" in warning
     assert f"Goes on from {good} instead" in warning
     assert "WARNING" not in other
     assert_ends_as(run, undisturbed)
@@ -195,7 +196,7 @@ def test_another_world_size_zero_stage_and_placement_go_on_with_the_same_moments
     assert set(losses) == set(range(10, 21))
     assert list(losses.values()) == pytest.approx([theirs[s] for s in losses], rel=1e-4)
     ours, other = (
-        checkpoint.load_tensors(folder, checkpoint.read_manifest(folder), checkpoint.ENCODER_FILE)
+        load_tensors(folder, read_manifest(folder), ENCODER_FILE)
         for folder in (checkpoint.latest(run), checkpoint.latest(before))
     )
     moments = [name for name in other if "exp_avg" in name and "key.bias" not in name]

@@ -16,9 +16,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from unidec_ds.assembly import LoadedRun
-from unidec_ds.checkpoint import manifest_digest, read_manifest
 from unidec_ds.data.prepare import embedded_corpora
 from unidec_ds.encoders import PACKAGED_ENCODER, resolve_encoder
+from unidec_ds.manifest import manifest_digest, read_manifest
 from unidec_ds.run import read_json
 
 CORPUS_LICENCE = "LICENSE-CORPUS.txt"

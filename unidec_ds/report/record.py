@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from unidec_ds import checkpoint
 from unidec_ds.errors import CheckpointError
+from unidec_ds.manifest import read_manifest
 from unidec_ds.run import BREAKDOWN, EVALUATION, SAMPLES, UNTRAINED, read_json
 
 Record = dict[str, Any]
@@ -96,7 +97,7 @@ def read_record(run: Path) -> RunRecord:
     records = _read_lines(run / "metrics.jsonl")
     num_epochs = (recipe or {}).get("train", {}).get("epochs", 0)
     newest = checkpoint.latest(run)
-    manifest = checkpoint.read_manifest(newest) if newest else {}
+    manifest = read_manifest(newest) if newest else {}
     return RunRecord(
         folder=run,
         recipe=recipe or {},

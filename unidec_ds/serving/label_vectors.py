@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 from unidec_ds import stamp
 from unidec_ds.assembly import LoadedRun, trained_views
-from unidec_ds.checkpoint import manifest_digest
 from unidec_ds.data.pairs import Ids
 from unidec_ds.embedding import BLOCK, embed
 from unidec_ds.errors import UserError
 from unidec_ds.evaluation import SearchView
+from unidec_ds.manifest import manifest_digest
 from unidec_ds.model import UniDEC
 from unidec_ds.search import fixed_blocks
 
