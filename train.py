@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from unidec_ds.cli import exit_with_message
 from unidec_ds.config import load_recipe, recipe_names
+from unidec_ds.errors import UserError
+from unidec_ds.lifeline import DEFAULT_TIMEOUT, Lifeline
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,21 +44,31 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--init_from", type=Path, metavar="RUN", help="begin with the model of another run"
     )
+    parser.add_argument(
+        "--timeout_minutes",
+        type=float,
+        default=DEFAULT_TIMEOUT.total_seconds() / 60,
+        help="how long a rank waits for another before it fails (default: %(default)g)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from `deepspeed`
     return parser.parse_args()
 
 
-def main() -> None:
+def main(args: argparse.Namespace, lifeline: Lifeline) -> None:
     """Checks everything that can be checked alone, joins the other ranks, trains, evaluates."""
-    args = parse_args()
+    if not args.timeout_minutes > 0:
+        raise UserError(f"--timeout_minutes: found {args.timeout_minutes:g}; needs more than 0")
     overrides = [*args.set, *([f"corpus.path={args.corpus}"] if args.corpus else [])]
     recipe = load_recipe(args.recipe, overrides)
     run = args.output or Path("runs") / Path(args.recipe).name.removesuffix(".yaml")
 
     from unidec_ds.job import prepare_job, run_job  # heavy imports after the recipe is known good
 
-    run_job(prepare_job(recipe, args.ds_config, run, args.resume, args.init_from))
+    lifeline.open(timedelta(minutes=args.timeout_minutes))
+    job = prepare_job(recipe, args.ds_config, run, args.resume, args.init_from, lifeline)
+    run_job(job, lifeline)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_with_message(main))
+    args, lifeline = parse_args(), Lifeline.of_launch()
+    sys.exit(exit_with_message(lambda: main(args, lifeline), lifeline))

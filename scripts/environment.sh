@@ -3,8 +3,10 @@
 # needs no network: a stamp in the environment says what was installed.
 #
 #   prepare_environment [EXTRA]     EXTRA: an optional dependency group, for example "dev"
+#   require_environment             fails where nothing is installed yet, and changes nothing
+#   look_for_environment            the same without failing: python may lack every package
 #
-# Sets python, the environment's interpreter, and puts its folder first in PATH.
+# Each sets python, the environment's interpreter, and puts its folder first in PATH.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -19,7 +21,7 @@ is_supported_python() {
   "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
-# An active virtual or conda environment, else .venv, which is made where it is not there yet.
+# An active virtual or conda environment, else .venv, if there is one.
 find_environment() {
   local active=${VIRTUAL_ENV:-}
   if [ -z "$active" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
@@ -33,10 +35,10 @@ find_environment() {
     return
   fi
   python=$root/.venv/bin/python
-  if [ -x "$python" ] && is_supported_python "$python" && "$python" -m pip --version >/dev/null 2>&1
-  then
-    return
-  fi
+  [ -x "$python" ] && is_supported_python "$python" && "$python" -m pip --version >/dev/null 2>&1
+}
+
+make_environment() {
   local candidate found=
   for candidate in python3.11 python3.12 python3.10 python3 python; do
     if is_supported_python "$candidate"; then
@@ -101,15 +103,38 @@ install() {
 }
 
 prepare_environment() {
-  local extra=${1:-} stamp hash
-  find_environment
+  local extra=${1:-} stamp
+  find_environment || make_environment
+  use_environment
+  if ! is_installed "$extra"; then
+    install "$extra"
+    installation_hash >"$stamp"
+  fi
+}
+
+require_environment() {
+  local stamp
+  if find_environment; then
+    use_environment
+    if is_installed ""; then return; fi
+  fi
+  fail "unidec_ds is not installed here ($python). Run 'bash launch.sh --install' once for all" \
+    "nodes that share $root, before they start together."
+}
+
+look_for_environment() {
+  if find_environment; then use_environment; else python=python3; fi
+}
+
+use_environment() {
   PATH=$(dirname "$python"):$PATH
   export PATH
+}
+
+# Sets stamp.
+is_installed() {
+  local extra=$1
   stamp=$("$python" -c 'import sys; print(sys.prefix)')/.unidec_ds-installed${extra:+-$extra}
-  hash=$(installation_hash)
   # What was installed with an extra serves without it too.
-  if ! grep --quiet --no-messages --line-regexp "$hash" "$stamp" "$stamp"-*; then
-    install "$extra"
-    printf '%s\n' "$hash" >"$stamp"
-  fi
+  grep --quiet --no-messages --line-regexp "$(installation_hash)" "$stamp" "$stamp"-*
 }

@@ -39,7 +39,7 @@ def run_ranks(
     if preload:
         context.set_forkserver_preload(list(preload))
     with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), _free_port()
+        folder, port = Path(name), free_port()
         processes = [
             context.Process(
                 target=_run, args=(rank, world_size, port, folder, fn, args, join), daemon=True
@@ -93,7 +93,8 @@ def _run(
         raise SystemExit(1) from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -129,12 +129,6 @@ def test_a_table_that_does_not_fit_leaves_train_py_with_2_and_nothing_allocated(
     assert "Traceback" not in done.stderr
 
 
-def test_only_rank_0_prints(inputs, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    code, message = leave(inputs, capsys, ["train.epochs=0"])
-    assert (code, message) == (2, "")
-
-
 def test_our_own_faults_leave_with_1_and_a_traceback_that_names_the_rank(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert exit_with_message(lambda: 1 // 0) == 1

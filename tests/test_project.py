@@ -24,7 +24,7 @@ PACKAGE = ROOT / "unidec_ds"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 ACCELERATE_CONFIGS = sorted((ROOT / "ds_configs").glob("accelerate_*.yaml"))
-SCRIPTS = [ROOT / "launch.sh", ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
+SCRIPTS = [ROOT / "launch.sh", ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.s[hb]*"))]
 RECIPES = sorted(path.stem for path in (PACKAGE / "recipes").glob("*.yaml"))
 
 

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -45,7 +48,34 @@ def world_size() -> int:
 
 def local_world_size() -> int:
     """Returns the number of ranks on this machine, as the launcher says (1 without one)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # The second is what the `deepspeed` launcher calls it.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def rendezvous_store(timeout: timedelta) -> Any:
+    """Returns the key-value store through which the launcher's ranks find each other.
+
+    It needs no process group; one that is made later uses the same store. Waits for all ranks.
+
+    Raises:
+        torch.distributed.DistStoreError: they did not come within `timeout`.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return PrefixStore("unidec_ds", store)
+
+
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Returns whether a collective raised `error`: a rank is gone, or did not come in time.
+
+    gloo's errors have no class of their own.
+    """
+    while error is not None:
+        if isinstance(error, (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+            return True
+        if isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def is_main() -> bool:

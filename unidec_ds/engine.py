@@ -26,9 +26,9 @@ from unidec_ds import comm
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import ConfigError, UserError
 from unidec_ds.extensions import compiler, use_own_build_folder
+from unidec_ds.lifeline import DEFAULT_TIMEOUT
 from unidec_ds.optim import LearningRates, OptimizerConfig, parameter_groups
 
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's <malloc.h>
 
@@ -66,8 +66,15 @@ def check_launch(ds_config: DsConfig, batch_size: int) -> None:
             )
 
 
-def start_engine(ds_config: DsConfig, batch_size: int) -> Engine:
+def start_engine(
+    ds_config: DsConfig, batch_size: int, timeout: timedelta = DEFAULT_TIMEOUT
+) -> Engine:
     """Joins the process group and returns the engine, still without a model.
+
+    Args:
+        ds_config: checked.
+        batch_size: of all ranks together.
+        timeout: how long a rank waits for the others in a collective before it fails.
 
     Raises:
         RuntimeError: Accelerate did not form the group that the launcher asked for.
@@ -86,7 +93,7 @@ def start_engine(ds_config: DsConfig, batch_size: int) -> Engine:
     accelerator = Accelerator(
         mixed_precision="bf16" if ds_config.dtype == "bf16" else "no",
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config.for_engine(batch_size, world_size)),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=PROCESS_GROUP_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
     if (
         accelerator.num_processes != world_size

@@ -1,7 +1,8 @@
 """From the command line to a finished run: every check, then training, then the report.
 
-`prepare_job` does all that one process can do alone: a user's mistake ends there, on every rank
-alike and before any process group exists. `run_job` joins the other ranks.
+`prepare_job` does all that one process can do alone, and compares what the ranks have found: a
+user's mistake ends there, on every rank and before any process group exists. `run_job` joins the
+other ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from unidec_ds import checkpoint, comm
+from unidec_ds.agreement import check_agreement
 from unidec_ds.assembly import trained_views
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
@@ -25,6 +27,7 @@ from unidec_ds.encoders import check_encoder
 from unidec_ds.engine import check_launch, launched_rank, launched_world_size, start_engine
 from unidec_ds.errors import StoppedError
 from unidec_ds.evaluation import Evaluation, format_breakdown, format_table
+from unidec_ds.lifeline import ALONE, Lifeline
 from unidec_ds.projector import embed_some_labels
 from unidec_ds.run import (
     REPORT,
@@ -65,11 +68,17 @@ def prepare_job(
     run: Path,
     resume: str | None = None,
     init_from: Path | None = None,
+    lifeline: Lifeline = ALONE,
 ) -> Job:
     """Checks all input and prepares the corpus, before any process group exists.
 
+    Rank 0 prepares the corpus before the others look for it. File locks do not reach over every
+    shared file system; where the others see its folder they find it ready, and where they do not,
+    one process of each node prepares that node's copy.
+
     Raises:
-        UserError: on every rank alike, with what was found, what was needed and what to do.
+        UserError: with what was found, what was needed and what to do.
+        PeerFailedError: another rank raised one.
     """
     batch_size = recipe.train.batch_size
     ds_config = load_ds_config(
@@ -78,17 +87,19 @@ def prepare_job(
     check_launch(ds_config, batch_size)
     check_encoder(recipe.encoder.name)
     resume_from = choose_checkpoint(run, resume, recipe)
-    corpus = resolve_corpus(
-        recipe.corpus,
-        recipe.encoder.name,
-        recipe.encoder.max_length,
-        show_progress=launched_rank() == 0,
-    )
+    with lifeline.rank_0_first("corpus"):
+        corpus = resolve_corpus(
+            recipe.corpus,
+            recipe.encoder.name,
+            recipe.encoder.max_length,
+            show_progress=launched_rank() == 0,
+        )
     warm_start = choose_warm_start(run, init_from, resume, resume_from, recipe, corpus)
+    check_agreement(lifeline, run, recipe, ds_config, corpus, resume_from)
     return Job(recipe, ds_config, corpus, run, resume_from, warm_start, resume == "auto")
 
 
-def run_job(job: Job) -> None:
+def run_job(job: Job, lifeline: Lifeline = ALONE) -> None:
     """Joins the other ranks, trains, evaluates, and prints the result on rank 0.
 
     A run that is already finished is only reported.
@@ -104,7 +115,7 @@ def run_job(job: Job) -> None:
     if job.recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    engine = start_engine(job.ds_config, job.recipe.train.batch_size)
+    engine = start_engine(job.ds_config, job.recipe.train.batch_size, lifeline.timeout)
     resume_from = job.resume_from
     if resume_from is not None:
         resume_from = verified_checkpoint(job.run, resume_from, job.is_auto)

@@ -66,3 +66,14 @@ def _objects():
 def test_objects():
     assert run_ranks(2, _objects) == [(0, [0, 10]), (0, [0, 10])]
     assert run_ranks(1, _objects) == [(0, [0])]
+
+
+def test_ranks_of_a_machine_under_launchers_that_name_it_differently(monkeypatch):
+    """`deepspeed` says LOCAL_SIZE; its ranks each took all cores and all of the host's memory."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    assert comm.local_world_size() == 1
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    assert comm.local_world_size() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert comm.local_world_size() == 4

@@ -87,7 +87,8 @@ class Miner:
             return planner
         # Vectors that a run which had come further has overwritten are lost, but what it mined
         # with them is there.
-        is_done = self._vectors is not None and is_mined(self._folder, epoch)
+        # Only rank 0 looks: over NFS a rank that did not find a file may go on not finding it.
+        is_done = comm.is_main() and self._vectors is not None and is_mined(self._folder, epoch)
         is_due = mines_at(config, epoch) and step == epoch * steps_per_epoch
         if is_due and not comm.broadcast_object(is_done):
             kept = None
