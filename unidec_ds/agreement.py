@@ -23,12 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unidec_ds import checkpoint
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import UserError
 from unidec_ds.lifeline import Lifeline
+from unidec_ds.manifest import read_manifest
 
 STORAGE_PATIENCE_S = 30.0
 """How long a file that another node wrote may take to appear; NFS keeps what it knows of a folder
@@ -160,7 +160,7 @@ def _finds(run: Path, nonce: str) -> bool:
 def _step(resume_from: Path | None) -> str:
     if resume_from is None:
         return "step 0"
-    return f"step {checkpoint.read_manifest(resume_from)['step']}"
+    return f"step {read_manifest(resume_from)['step']}"
 
 
 def _versions() -> dict[str, str]:
