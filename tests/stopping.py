@@ -29,6 +29,7 @@ def train(
 ) -> tuple[int, str]:
     """Runs a job as train.py does; returns its exit code and what it wrote to standard error.
 
+    There is no lifeline, which would end this process: every rank says why it stopped.
     `what` happens on one rank as its step or evaluation with `at` steps taken begins.
     """
     from unidec_ds.cli import exit_with_message
