@@ -1,6 +1,6 @@
 """Kills a training with SIGKILL at random moments, resumes it, and compares what it ends with.
 
-    python scripts/kill_test.py [--kills 50] [--ranks 1] [--seed 0] [--json FILE] [--quick]
+    python scripts/kill_test.py [--kills 50] [--seconds S] [--ranks 1] [--json FILE] [--quick]
 
 A tiny run (two-layer encoder, made-up corpus; mining, evaluation, checkpoints between its steps) is
 trained once undisturbed. Then it is trained again and again with `--resume auto`, and each time
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -320,20 +321,25 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_all(folder: Path, kills: int, world_size: int, seed: int) -> Outcome:
-    """Kills `kills` times; returns what came of it."""
+def run_all(folder: Path, kills: int, world_size: int, seed: int, seconds: float) -> Outcome:
+    """Kills `kills` times, or for that long; returns what came of it."""
+    deadline = time.monotonic() + seconds
     make_inputs(folder)
     arena = Arena(folder, world_size, seed)
     undisturbed = folder / "undisturbed"
     arena.train(undisturbed)
     outcome = arena.outcome
-    while sum(outcome.kills.values()) < kills and not outcome.faults:
+
+    def goes_on() -> bool:
+        total = sum(outcome.kills.values())
+        print(f"\r{total} kills, {outcome.rounds} rounds", end="", file=sys.stderr, flush=True)
+        return total < kills and not outcome.faults and time.monotonic() < deadline
+
+    while goes_on():
         run = folder / f"round-{outcome.rounds + 1:02d}"
-        while sum(outcome.kills.values()) < kills and not outcome.faults:
+        while goes_on():
             if arena.kill_once(run):
                 break
-            total = sum(outcome.kills.values())
-            print(f"\r{total} kills, {outcome.rounds} rounds", end="", file=sys.stderr, flush=True)
         else:
             if not outcome.faults:
                 arena.finish(run)
@@ -372,6 +378,9 @@ def main() -> None:
     """Runs the test and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="default: 50")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no other life after this time"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="default: 1")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--quick", action="store_true", help="5 kills")
@@ -381,7 +390,7 @@ def main() -> None:
         raise UserError("--kills and --ranks: needs at least 1")
     kills, start = 5 if args.quick else args.kills, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill_test-") as name:
-        outcome = run_all(Path(name), kills, args.ranks, args.seed)
+        outcome = run_all(Path(name), kills, args.ranks, args.seed, args.seconds)
     seconds = time.monotonic() - start
     print(describe(outcome, args.ranks, seconds))
     if args.json:

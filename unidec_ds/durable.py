@@ -54,7 +54,7 @@ def stream_tensors(
             file.write(part)
             digest.update(part)
         for block in blocks:
-            content = memoryview(block.flatten().view(torch.uint8).numpy())
+            content = block.flatten().view(torch.uint8).numpy().data
             file.write(content)
             digest.update(content)
         file.flush()
