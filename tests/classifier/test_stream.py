@@ -72,7 +72,8 @@ def streamed_step(table, step, loss, size):
 def test_streamed_steps_equal_plain_ones(size, optimizer):
     for l2q, reduction, cosine in product((True, False), ("sum", "mean"), (True, False)):
         loss = partial(bce, l2q=l2q, reduction=reduction, cosine=cosine)
-        plain, streamed = make_table(optimizer=optimizer), make_table(optimizer=optimizer)
+        plain = make_table(optimizer=optimizer)
+        streamed = make_table(optimizer=optimizer, prefetch_rows="always")
         for step in range(3):
             expected, expected_grad = plain_step(plain, step, loss)
             found, found_grad = streamed_step(streamed, step, loss, size)
