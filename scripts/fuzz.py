@@ -164,15 +164,17 @@ def _note(
 def run_guided(target: Any, seconds: float, seed: int, crashes: Path) -> dict[str, Any]:
     """Lets atheris fuzz a target in a process of its own, which ends at the first crash."""
     crashes.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as corpus:
+    with tempfile.TemporaryDirectory() as work:
+        corpus, tally = Path(work) / "corpus", Path(work) / "accepted"
+        corpus.mkdir()
         for number, data in enumerate(target.seeds()):
-            (Path(corpus) / f"seed-{number}").write_bytes(data)
-        command = [sys.executable, __file__, "--target", target.name, "--guided-worker", corpus]
+            (corpus / f"seed-{number}").write_bytes(data)
+        command = [sys.executable, __file__, "--target", target.name, "--guided-worker", work]
         command += [f"-max_total_time={max(1, round(seconds))}", f"-seed={seed + 1}"]
         command += [f"-artifact_prefix={crashes}/{target.name}-", f"-timeout={round(SLOW_S)}"]
         command += ["-max_len=16384", "-rss_limit_mb=0", "-print_final_stats=1"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        accepted = (Path(corpus) / "accepted.count").read_text() if done.returncode == 0 else "0"
+        accepted = tally.stat().st_size if tally.exists() else 0
     output = done.stderr
     found = re.findall(r"cov: (\d+)", output)
     runs = re.findall(r"number_of_executed_units: (\d+)", output)
@@ -183,27 +185,26 @@ def run_guided(target: Any, seconds: float, seed: int, crashes: Path) -> dict[st
         messages[lines[0] if lines else f"exit code {done.returncode}"] = output[-2000:]
     return {
         "executions": int(runs[-1]) if runs else 0,
-        "accepted": int(accepted),
+        "accepted": accepted,
         "crashes": len(messages),
         "messages": messages,
         "coverage": int(found[-1]) if found else None,
     }
 
 
-def guided_worker(name: str, corpus: str, options: list[str]) -> None:
-    """Runs libFuzzer over one target; leaves the process."""
-    import atexit
-
+def guided_worker(name: str, work: str, options: list[str]) -> None:
+    """Runs libFuzzer over one target; leaves the process, by the shortest way."""
     import atheris
 
     with atheris.instrument_imports(include=["unidec_ds"]):
         from fuzz_targets import TARGETS
-    target, folder = TARGETS[name], tempfile.mkdtemp()
-    accepted = 0
+    target, folder = TARGETS[name], Path(work) / "files"
+    folder.mkdir()
+    tally = os.open(Path(work) / "accepted", os.O_CREAT | os.O_WRONLY)
 
     def one_input(data: bytes) -> None:
-        nonlocal accepted
-        accepted += bool(target.check(data, Path(folder)))
+        if target.check(data, folder):
+            os.write(tally, b".")
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         rng = random.Random(seed)
@@ -212,8 +213,8 @@ def guided_worker(name: str, corpus: str, options: list[str]) -> None:
         mutated: bytes = atheris.Mutate(data, max_size)
         return mutated
 
-    atexit.register(lambda: (Path(corpus) / "accepted.count").write_text(str(accepted)))
-    atheris.Setup([sys.argv[0], *options, corpus], one_input, custom_mutator=mutate)
+    options = [sys.argv[0], *options, str(Path(work) / "corpus")]
+    atheris.Setup(options, one_input, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -180,7 +180,7 @@ class _Builder:
         self, split: str, batch: list[Record], labels: UidDigests, left_out: list[int]
     ) -> list[Record]:
         """Returns the records with targets as rows; those with a target that is no label go."""
-        rows = iter(labels.rows(target for record in batch for target in record.targets).tolist())
+        rows = iter(labels.rows(str(t) for record in batch for t in record.targets).tolist())
         resolved = []
         for record in batch:
             targets = tuple(islice(rows, len(record.targets)))

@@ -338,7 +338,7 @@ def _open(path: Path, manifest: dict[str, Any]) -> Corpus:
 def _check_counts(corpus: Corpus) -> None:
     """Raises ValueError unless tables, pairs and manifest agree; reads no row."""
     num_labels, has_text = corpus.num_labels, corpus.label_has_text
-    found = {"labels.has_text.npy": (has_text.shape, has_text.dtype)}
+    found: dict[str, Any] = {"labels.has_text.npy": (has_text.shape, has_text.dtype)}
     needed: dict[str, Any] = {"labels.has_text.npy": ((num_labels,), np.bool_)}
     sizes = {"labels": {"labels": num_labels}}
     for split, table in corpus.queries.items():

@@ -144,7 +144,7 @@ def _rows(path: Path, tables: Iterator[Any]) -> Iterator[dict[str, Any]]:
     while True:
         try:
             table = next(tables, None)
-            rows = [] if table is None else table.to_pylist()
+            rows: list[dict[str, Any]] = [] if table is None else table.to_pylist()
         except Exception as error:  # Arrow, `datasets` and UTF-8 each have their own
             raise CorpusError(
                 f"{path}:{row + 1}: damaged from here on, or values of a kind that is none of "

@@ -66,17 +66,19 @@ class SparseMatrixFile:
     def rows(self, on_fault: OnFault) -> Iterator[MatrixRow | None]:
         """Yields the rows in order, None in place of one that `on_fault` was told of."""
         for row in self._npz_rows() if self._npz else self._text_rows(on_fault):
+            if row is None:
+                yield None
+                continue
             try:
-                if row is not None:
-                    check_range(row.columns, self.num_columns, self.path, row.line)
-                    _refuse_nan(row, self.path)
+                check_range(row.columns, self.num_columns, self.path, row.line)
+                _refuse_nan(row, self.path)
             except LineError as fault:
-                fault.text = " ".join(
-                    f"{column}:{value}" for column, value in zip(*row[1:], strict=True)
-                )
+                entries = zip(row.columns, row.values, strict=True)
+                fault.text = " ".join(f"{column}:{value}" for column, value in entries)
                 on_fault(fault)
-                row = None
-            yield row
+                yield None
+            else:
+                yield row
 
     def _header(self) -> tuple[int, int]:
         _, raw = next(raw_lines(self.path), (1, b""))
@@ -141,7 +143,7 @@ class SparseMatrixFile:
             file.seek(0)
             if file.read(2) != b"PK":  # zipfile passes over anything in front, scipy does not
                 raise ValueError("it does not begin as a zip file")
-            kind = _NpyStream(archive, "format").bytes().decode()
+            kind = _NpyStream(archive, "format").string().decode()
             if kind == "csr":
                 numbers = _NpyStream(archive, "shape", of="iu")
                 if numbers.length != 2:
@@ -226,7 +228,7 @@ class _NpyStream:
             raise ValueError(f"{self._name} is cut short")
         return np.frombuffer(content, self._dtype)
 
-    def bytes(self) -> bytes:
+    def string(self) -> bytes:
         """Returns the single string."""
         return bytes(self.read(1)[0])
 

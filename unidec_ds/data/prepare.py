@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,10 @@ def _build_beside(
         shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir()
     try:
-        with nullcontext() if quarantine is None else Quarantine(quarantine) as lines:
+        opened: AbstractContextManager[Quarantine | None] = (
+            nullcontext() if quarantine is None else Quarantine(quarantine)
+        )
+        with opened as lines:
             build(building, raw, tokenizer, manifest, show_progress, lines)
         if out_dir.exists():
             logger.warning("%s was prepared from other sources or settings; replaced", out_dir)
