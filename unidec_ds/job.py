@@ -28,6 +28,7 @@ from unidec_ds.engine import check_launch, launched_rank, launched_world_size, s
 from unidec_ds.errors import StoppedError
 from unidec_ds.evaluation import Evaluation, format_breakdown, format_table
 from unidec_ds.lifeline import ALONE, Lifeline
+from unidec_ds.preflight.fits import check_run_fits
 from unidec_ds.projector import embed_some_labels
 from unidec_ds.run import (
     REPORT,
@@ -96,6 +97,7 @@ def prepare_job(
         )
     warm_start = choose_warm_start(run, init_from, resume, resume_from, recipe, corpus)
     check_agreement(lifeline, run, recipe, ds_config, corpus, resume_from)
+    check_run_fits(recipe, ds_config, corpus, run)
     return Job(recipe, ds_config, corpus, run, resume_from, warm_start, resume == "auto")
 
 

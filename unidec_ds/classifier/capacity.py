@@ -10,11 +10,11 @@ import torch
 
 from unidec_ds.classifier import partition
 from unidec_ds.classifier.row_formats import (
-    FORMATS,
     BiasCorrection,
     FormatName,
     RowOptimizer,
     bytes_per_label,
+    formats_of,
 )
 from unidec_ds.classifier.storage import Placement, nvme_directory
 from unidec_ds.errors import UserError
@@ -41,8 +41,9 @@ def check_fits(
     """
     sharing = 1 if placement.kind == "device" else local_world_size
     free = free_bytes(placement, device)
-    formats = [name for name in FORMATS if optimizer == "adamw" or name != "rowwise"]
-    label_bytes = {n: bytes_per_label(n, bias_correction, width, optimizer) for n in formats}
+    label_bytes = {
+        n: bytes_per_label(n, bias_correction, width, optimizer) for n in formats_of(optimizer)
+    }
     rows_per_place = sharing * partition.num_local_rows(num_labels, 0, world_size)
     needed = rows_per_place * label_bytes[row_format]
     if needed <= free:

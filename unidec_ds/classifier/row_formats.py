@@ -96,6 +96,11 @@ def bytes_per_label(
     return sum(column.bytes_per_label for column in columns)
 
 
+def formats_of(optimizer: RowOptimizer) -> tuple[FormatName, ...]:
+    """Returns the formats that an optimizer can work with."""
+    return FORMATS if optimizer == "adamw" else tuple(n for n in FORMATS if n != "rowwise")
+
+
 @lru_cache(maxsize=8)
 def column_keys(width: int) -> NDArray[np.uint32]:
     """Returns uint32 [D], a fixed random key for every column of a row."""

@@ -79,6 +79,10 @@ class ClassifierConfig(Settings):
     """Bring the next step's rows to the device while it computes this step; the numbers stay the
     same, bit for bit. auto: where the device is an accelerator and the table is not on it."""
 
+    def bytes_per_label(self, width: int) -> int:
+        """Returns what one label takes in the table, at width D."""
+        return bytes_per_label(self.format, self.bias_correction, width, self.optimizer)
+
     @model_validator(mode="after")
     def _sgd_has_momentum_alone(self) -> ClassifierConfig:
         if self.optimizer == "sgd" and self.format == "rowwise":
@@ -138,8 +142,10 @@ class ClassifierTable:
         self._on_host = placement.kind != "device"
         self._pin_memory = self._on_host and placement.pin_memory and device.type == "cuda"
         self._format = config.format
-        layout = (config.format, config.bias_correction, width, config.optimizer)
-        self._column_types, self.bytes_per_label = column_types(*layout), bytes_per_label(*layout)
+        self._column_types = column_types(
+            config.format, config.bias_correction, width, config.optimizer
+        )
+        self.bytes_per_label = config.bytes_per_label(width)
         native = self._on_host and config.kernel == "cpu_adam"
         self._optimizer = _row_optimizer(config, native, betas, eps, weight_decay)
         self._copier: RowCopier = (native_copier() if native else None) or TorchCopier()
