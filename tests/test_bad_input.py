@@ -99,6 +99,21 @@ def test_a_corpus_with_a_bad_line_names_it_and_leaves_no_corpus(inputs, capsys):
     assert not [p for p in (inputs / "prepared").glob("bad*") if (p / "corpus.json").exists()]
 
 
+def test_training_prepares_a_corpus_without_its_bad_lines_where_a_quarantine_is_named(
+    inputs, capsys
+):
+    content = random_content(num_train=19)
+    content.targets["train"][4] = [999]
+    write_renee(inputs / "bad", content)
+    overrides = [f"corpus.path={inputs / 'bad'}", f"corpus.quarantine={inputs / 'lines.jsonl'}"]
+    code, message = leave(inputs, capsys, overrides)
+    assert code == 0, message
+    (line,) = (json.loads(text) for text in (inputs / "lines.jsonl").read_text().splitlines())
+    assert line["file"].endswith("trn_X_Y.txt")
+    assert (line["line"], line["text"]) == (6, "999:1.0")
+    assert "label id 999 is out of range" in line["reason"]
+
+
 def test_resume_and_output(inputs, capsys):
     run = inputs / "run"
     run.mkdir()

@@ -62,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--encoder", help="encoder whose tokenizer to use")
     prepare.add_argument("--max-length", type=int, default=32, help="tokens per text")
     prepare.add_argument("--text", choices=["title", "title+content"], default="title+content")
+    prepare.add_argument(
+        "--quarantine",
+        type=Path,
+        metavar="FILE",
+        help="write bad lines here and go on without them (default: the first is an error)",
+    )
     prepare.set_defaults(run_command=_prepare)
 
     info = commands.add_parser("info", help="describe a corpus or a run")
@@ -149,8 +155,11 @@ def _prepare(args: argparse.Namespace) -> None:
         encoder=args.encoder or PACKAGED_ENCODER,
         max_length=args.max_length,
         text=args.text,
+        quarantine=args.quarantine,
     )
     print(corpus.describe())
+    if args.quarantine and not corpus.num_lines_put_aside:
+        print("  no bad lines")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -44,8 +44,8 @@ WARM_START = "warm_start.json"
 _PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "datasets", "numpy")
 # Settings that may change when a run is continued: they do not touch the loss curve.
 _FREE_SECTIONS = ("checkpoint", "evaluation")
-_FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "train.encoder_chunk", "train.recompute",
-              "train.loss_block_bytes", "train.log_every_steps",
+_FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "corpus.quarantine", "train.encoder_chunk",
+              "train.recompute", "train.loss_block_bytes", "train.log_every_steps",
               "classifier.prefetch_rows")  # fmt: skip
 
 
@@ -163,10 +163,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object, empty if there is no such file."""
+    """Returns a JSON object, empty if there is no such file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, or copy the run again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; remove it, or copy the run again")
     return content
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unidec_ds.data.corpus import ARROW_FILE, MANIFEST, ODDITIES
-from unidec_ds.data.formats import RawCorpus, Record
+from unidec_ds.data.corpus import ARROW_FILE, MANIFEST, ODDITIES, PUT_ASIDE
+from unidec_ds.data.files import LineError, OnFault, refuse
+from unidec_ds.data.formats import RawCorpus
 from unidec_ds.data.pairs import Ids, Pairs, distinct
+from unidec_ds.data.quarantine import Quarantine
+from unidec_ds.data.records import Record
 from unidec_ds.data.uids import UidDigests
 from unidec_ds.errors import CorpusError
 
 _BATCH_ROWS, _BATCH_CHARS = 8192, 1 << 24  # what the tokenizer gets at once
+_BATCH_TARGETS = 1 << 20  # Python integers: 40 bytes each
 _CHUNK_ROWS, _CHUNK_BYTES = 131072, 1 << 27  # one Arrow record batch on disk
 _FEATURES = datasets.Features(
     {
@@ -43,7 +47,12 @@ _FEATURES = datasets.Features(
 
 
 def build(
-    folder: Path, raw: RawCorpus, tokenizer: Any, manifest: dict[str, Any], show_progress: bool
+    folder: Path,
+    raw: RawCorpus,
+    tokenizer: Any,
+    manifest: dict[str, Any],
+    show_progress: bool,
+    quarantine: Quarantine | None = None,
 ) -> None:
     """Writes a whole prepared corpus into an empty folder, the manifest last.
 
@@ -54,11 +63,12 @@ def build(
         manifest: what identifies the corpus: "name", "fingerprint", "max_length", "text", ...;
             written out with the counts added.
         show_progress: whether to draw a progress bar per table on stderr.
+        quarantine: where bad lines go; None refuses the first.
 
     Raises:
         CorpusError: a fault in the source files.
     """
-    builder = _Builder(folder, raw, tokenizer, manifest, show_progress)
+    builder = _Builder(folder, raw, tokenizer, manifest, show_progress, quarantine)
     labels = builder.labels()
     for split in raw.splits:
         builder.queries(split, labels)
@@ -76,9 +86,19 @@ class _Builder:
     """The state of one build: what was written and counted so far."""
 
     def __init__(
-        self, folder: Path, raw: RawCorpus, tokenizer: Any, manifest: dict[str, Any], bar: bool
+        self,
+        folder: Path,
+        raw: RawCorpus,
+        tokenizer: Any,
+        manifest: dict[str, Any],
+        bar: bool,
+        quarantine: Quarantine | None,
     ) -> None:
         self._folder, self._raw, self._tokenizer, self._bar = folder, raw, tokenizer, bar
+        self._quarantine = quarantine
+        self._on_fault: OnFault = quarantine or refuse
+        self._put_aside = Counter(dict.fromkeys(PUT_ASIDE, 0))
+        self._counted = 0
         pad_token_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._manifest = {
             **manifest,
@@ -93,7 +113,7 @@ class _Builder:
         """Writes the label texts; returns the labels' uids."""
         uids = UidDigests()
         has_text: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-        for batch in self._write_table("labels", self._raw.labels()):
+        for batch in self._write_table("labels", _batches(self._raw.labels(self._on_fault))):
             uids.add(record.uid for record in batch)
             has_text.append(np.array([r.title + r.content != "" for r in batch], np.bool_))
         has_text_L = np.concatenate(has_text)
@@ -103,27 +123,24 @@ class _Builder:
         self._oddities["labels_without_text"] = int((~has_text_L).sum())
         self._oddities["duplicate_label_uids"] = uids.num_repeated()
         self._tables["labels"] = {"labels": len(has_text_L)}
+        self._put_aside["labels"] = self._num_put_aside()
         return uids
 
     def queries(self, split: str, labels: UidDigests) -> None:
         """Writes a split's texts, positives and filter pairs."""
         num_labels = self._tables["labels"]["labels"]
         uids, pairs = UidDigests(), _PairsWriter(self._folder / f"{split}.spool", num_labels)
-        for batch in self._write_table(split, self._raw.queries(split, num_labels)):
+        left_out: list[int] = []
+        for batch in self._write_table(split, self._query_batches(split, labels, left_out)):
             uids.add(record.uid for record in batch)
             counts = np.array([len(record.targets) for record in batch])
             targets: list[Any] = list(chain.from_iterable(record.targets for record in batch))
-            if self._raw.targets_are_uids:
-                columns = labels.rows(targets)
-                if (columns < 0).any():
-                    self._refuse_unknown(split, batch, counts, columns)
-            else:
-                columns = np.array(targets, np.int64)
-            pairs.add(counts, columns)
+            pairs.add(counts, np.array(targets, np.int64))
             self._oddities["irrelevant_targets"] += sum(record.num_irrelevant for record in batch)
         positives = pairs.finish(self._folder, f"{split}.positives")
-        rows, columns = self._raw.filter_pairs(split, positives.num_rows, num_labels)
-        filter_pairs = Pairs.from_pairs(rows, columns, positives.num_rows, num_labels)
+        self._put_aside[f"{split}_queries"] = len(left_out)
+        self._num_put_aside()
+        filter_pairs = self._filter_pairs(split, positives, np.array(left_out, np.int64))
         filter_pairs.save(self._folder, f"{split}.filter")
 
         self._tables[split] = {
@@ -143,8 +160,70 @@ class _Builder:
                     "nothing to train on. Are these the right files?"
                 )
 
+    def _query_batches(
+        self, split: str, labels: UidDigests, left_out: list[int]
+    ) -> Iterator[list[Record]]:
+        """Yields a split's queries, their targets as label rows.
+
+        The rows of those that were put aside are added to `left_out`.
+        """
+        num_labels = self._tables["labels"]["labels"]
+        records = self._raw.queries(split, num_labels, self._on_fault)
+        for batch in _batches(_present(records, left_out)):
+            yield (
+                self._resolve(split, batch, labels, left_out)
+                if (self._raw.targets_are_uids)
+                else batch
+            )
+
+    def _resolve(
+        self, split: str, batch: list[Record], labels: UidDigests, left_out: list[int]
+    ) -> list[Record]:
+        """Returns the records with targets as rows; those with a target that is no label go."""
+        rows = iter(labels.rows(str(t) for record in batch for t in record.targets).tolist())
+        resolved = []
+        for record in batch:
+            targets = tuple(islice(rows, len(record.targets)))
+            if -1 in targets:
+                left_out.append(record.row)
+                self._on_fault(self._unknown_label(split, record, targets))
+            else:
+                resolved.append(record._replace(targets=targets))
+        return resolved
+
+    def _unknown_label(self, split: str, record: Record, rows: tuple[int, ...]) -> LineError:
+        """Returns the fault of a query with a target that is no label."""
+        unknown = record.targets[rows.index(-1)]
+        reason = (
+            f"label id {unknown!r} is not an id in {self._raw.files['labels'].name}. Add the label "
+            "there, or remove it here."
+        )
+        text = json.dumps({"id": record.uid, "text": record.title, "labels": record.targets})
+        return LineError(self._raw.files[split], record.line, reason, text)
+
+    def _filter_pairs(self, split: str, positives: Pairs, left_out: Ids) -> Pairs:
+        """Reads a split's filter pairs; those of queries that were left out go with them."""
+        num_queries, num_labels = positives.num_rows, positives.num_columns
+        num_rows = num_queries + len(left_out)
+        rows, columns = self._raw.filter_pairs(split, num_rows, num_labels, self._on_fault)
+        self._put_aside["filter_pairs"] += self._num_put_aside()
+        if len(left_out):
+            kept = np.ones(num_rows, np.bool_)
+            kept[left_out] = False
+            columns = columns[kept[rows]]
+            rows = (np.cumsum(kept) - 1)[rows[kept[rows]]]
+        return Pairs.from_pairs(rows, columns, num_queries, num_labels)
+
+    def _num_put_aside(self) -> int:
+        """Returns how many lines went into quarantine since the last call."""
+        before, self._counted = self._counted, self._quarantine.num_lines if self._quarantine else 0
+        return self._counted - before
+
     def finish(self) -> None:
         """Writes the manifest."""
+        if self._quarantine is not None:
+            self._put_aside["lines"] = self._quarantine.num_lines
+            self._manifest["put_aside"] = dict(self._put_aside)
         self._manifest |= {
             "tables": self._tables,
             "token_lengths": self._lengths,
@@ -158,7 +237,7 @@ class _Builder:
         text = json.dumps(self._manifest, indent=2) + "\n"
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
 
-    def _write_table(self, name: str, records: Iterator[Record]) -> Iterator[list[Record]]:
+    def _write_table(self, name: str, batches: Iterator[list[Record]]) -> Iterator[list[Record]]:
         """Tokenises and writes a table; yields its records, batch by batch, on the way."""
         limit, option = self._manifest["max_length"], self._manifest["text"]
         length_counts = np.zeros(limit + 1, np.int64)
@@ -171,7 +250,7 @@ class _Builder:
         )
         seed = f"{self._manifest['fingerprint']} {name}"
         with progress, TextTableWriter(self._folder / name, seed) as table:
-            for batch, texts, tokens in self._tokenised(records):
+            for batch, texts, tokens in self._tokenised(batches):
                 table.add([record.uid for record in batch], texts, tokens)
                 length_counts += np.bincount([len(t) for t in tokens], minlength=limit + 1)
                 if self._raw.has_content:
@@ -181,12 +260,12 @@ class _Builder:
         self._lengths[name] = _length_statistics(length_counts)
 
     def _tokenised(
-        self, records: Iterator[Record]
+        self, batches: Iterator[list[Record]]
     ) -> Iterator[tuple[list[Record], list[str], list[list[int]]]]:
-        """Yields the records in batches with texts and tokens; reads ahead while tokenising."""
+        """Yields the batches with texts and tokens; reads ahead while tokenising."""
         with ThreadPoolExecutor(1) as tokenising:
             current: tuple[list[Record], list[str], Future[list[list[int]]]] | None = None
-            for batch in _batches(records):
+            for batch in batches:
                 texts = [text_of(record, self._manifest["text"]) for record in batch]
                 last, current = current, (batch, texts, tokenising.submit(self._tokenise, texts))
                 if last is not None:
@@ -210,16 +289,6 @@ class _Builder:
         self._oddities["empty_titles"] += sum(not r.title and bool(r.content) for r in batch)
         if option != "title":
             self._oddities["empty_contents"] += sum(bool(r.title) and not r.content for r in batch)
-
-    def _refuse_unknown(self, split: str, batch: list[Record], counts: Ids, columns: Ids) -> None:
-        """Raises the error about the first target that is no label."""
-        at = int(np.flatnonzero(columns < 0)[0])
-        row = int(np.searchsorted(np.cumsum(counts), at, side="right"))
-        target = batch[row].targets[at - int(counts[:row].sum())]
-        raise CorpusError(
-            f"{self._raw.files[split]}:{batch[row].line}: label id {target!r} is not an id in "
-            f"{self._raw.files['labels'].name}. Add the label there, or remove it here."
-        )
 
 
 class TextTableWriter:
@@ -314,16 +383,26 @@ class _PairsWriter:
         return Pairs.open(folder, name, num_labels)
 
 
+def _present(records: Iterator[Record | None], left_out: list[int]) -> Iterator[Record]:
+    """Yields the records that are there; adds the rows of the others to `left_out`."""
+    for row, record in enumerate(records):
+        if record is None:
+            left_out.append(row)
+        else:
+            yield record
+
+
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
     """Yields the records in lists that are large enough to tokenise in parallel."""
     batch: list[Record] = []
-    num_chars = 0
+    num_chars = num_targets = 0
     for record in records:
         batch.append(record)
         num_chars += len(record.title) + len(record.content)
-        if len(batch) == _BATCH_ROWS or num_chars >= _BATCH_CHARS:
+        num_targets += len(record.targets)
+        if len(batch) == _BATCH_ROWS or num_chars >= _BATCH_CHARS or num_targets >= _BATCH_TARGETS:
             yield batch
-            batch, num_chars = [], 0
+            batch, num_chars, num_targets = [], 0, 0
     if batch:
         yield batch
 

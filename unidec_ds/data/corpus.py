@@ -29,6 +29,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
+from unidec_ds.data.files import shorten
 from unidec_ds.data.keyed import hash64
 from unidec_ds.data.pairs import Ids, Pairs
 from unidec_ds.errors import CorpusError
@@ -55,6 +56,9 @@ class CorpusConfig(Settings):
     a label's last positive, so it may be less. 0 trains on all."""
     prepared_dir: str = "prepared"
     """Folder under which raw corpora are prepared, one folder per corpus and tokenizer."""
+    quarantine: str = ""
+    """File for the bad lines of a raw corpus, which is then prepared without them. Empty: the first
+    bad line is an error. No effect on a prepared corpus."""
 
 
 class RaggedTokens(NamedTuple):
@@ -213,12 +217,25 @@ class Corpus:
                 f"the limit of {self.manifest['max_length']}"
             )
         lines += describe_oddities(self.manifest["oddities"])
+        lines += self.describe_put_aside()
         return "\n".join(lines)
+
+    @property
+    def num_lines_put_aside(self) -> int:
+        """Bad lines of the source that were left out when it was prepared."""
+        return int(self.manifest.get("put_aside", {}).get("lines", 0))
+
+    def describe_put_aside(self) -> list[str]:
+        """Returns a line about what was put aside, and one for each kind; none if nothing was."""
+        counts = self.manifest.get("put_aside", {})
+        return [
+            f"  {text.format(counts[key])}" for key, text in PUT_ASIDE.items() if counts.get(key)
+        ]
 
 
 def describe_oddities(oddities: dict[str, int]) -> list[str]:
     """Returns a line for each kind of oddity that occurred."""
-    return [f"  {ODDITIES[key].format(count)}" for key, count in oddities.items() if count]
+    return [f"  {text.format(oddities[key])}" for key, text in ODDITIES.items() if oddities[key]]
 
 
 ODDITIES = {
@@ -237,6 +254,15 @@ ODDITIES = {
 }
 """What real data legitimately hold: how it is counted in the manifest, and what is done."""
 
+PUT_ASIDE = {
+    "lines": "{:,} bad lines put aside; because of them:",
+    "labels": "  {:,} labels without a text: kept, so that no label changes its row",
+    "train_queries": "  {:,} train queries left out, with their positives and filter pairs",
+    "test_queries": "  {:,} test queries left out, with their positives and filter pairs",
+    "filter_pairs": "  {:,} filter pairs left out",
+}
+"""What a quarantine took from a corpus, counted in the manifest."""
+
 
 def open_corpus(path: Path) -> Corpus:
     """Opens a prepared corpus.
@@ -254,18 +280,45 @@ def open_corpus(path: Path) -> Corpus:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorpusError(f"{path / MANIFEST}:1: not valid JSON ({error}). {advice}") from None
-    if manifest.get("format_version") != FORMAT_VERSION:
+    except RecursionError:
+        raise CorpusError(f"{path / MANIFEST}:1: JSON nested too deeply. {advice}") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
         raise CorpusError(
-            f"{path / MANIFEST}:1: format version {manifest.get('format_version')}, needed "
+            f"{path / MANIFEST}:1: format version {shorten(version)}, needed "
             f"{FORMAT_VERSION}: another version of unidec_ds wrote it. {advice}"
         )
-    for name, size in manifest["files"].items():
+    try:
+        _check_files(path, manifest["files"], advice)
+        corpus = _open(path, manifest)
+        _check_counts(corpus)
+        corpus.describe()  # reads whatever else the manifest must hold
+    except CorpusError:
+        raise
+    except Exception as error:  # a manifest or file of another shape: any kind, from any library
+        raise CorpusError(
+            f"{path / MANIFEST}:1: the manifest or a file it names is damaged "
+            f"({type(error).__name__}: {error}). {advice}"
+        ) from error
+    return corpus
+
+
+def _check_files(path: Path, files: dict[str, int], advice: str) -> None:
+    """Raises unless every file of the manifest is in the corpus's folder, of its size."""
+    for name, size in files.items():
+        if not (path / name).resolve().is_relative_to(path.resolve()):
+            raise CorpusError(
+                f"{path / name}: a link to, or the name of, a file outside the corpus. {advice}"
+            )
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             raise CorpusError(
                 f"{path / name}: {'missing' if found is None else f'{found} bytes'}, needed "
                 f"{size} bytes: the copy is not complete. {advice}"
             )
+
+
+def _open(path: Path, manifest: dict[str, Any]) -> Corpus:
     splits = [split for split in ("train", "test") if split in manifest["tables"]]
     num_labels = manifest["tables"]["labels"]["labels"]
     return Corpus(
@@ -280,6 +333,26 @@ def open_corpus(path: Path) -> Corpus:
         label_has_text=np.load(path / "labels.has_text.npy", mmap_mode="r"),
         pad_token_id=manifest["pad_token_id"],
     )
+
+
+def _check_counts(corpus: Corpus) -> None:
+    """Raises ValueError unless tables, pairs and manifest agree; reads no row."""
+    num_labels, has_text = corpus.num_labels, corpus.label_has_text
+    found: dict[str, Any] = {"labels.has_text.npy": (has_text.shape, has_text.dtype)}
+    needed: dict[str, Any] = {"labels.has_text.npy": ((num_labels,), np.bool_)}
+    sizes = {"labels": {"labels": num_labels}}
+    for split, table in corpus.queries.items():
+        sizes[split] = {"queries": len(table)}
+        for kind, pairs in (("positive", corpus.positives), ("filter", corpus.filter_pairs)):
+            indptr, indices = pairs[split].indptr, pairs[split].indices
+            sizes[split][f"{kind}_pairs"] = len(indices)
+            name = f"{split}.{kind}s"
+            found[name] = (indptr.shape, indptr.dtype, *indptr[[0, -1]].tolist(), indices.dtype)
+            needed[name] = ((len(table) + 1,), np.int64, 0, len(indices), np.int32)
+    if found != needed or corpus.manifest["tables"] != sizes:
+        raise ValueError(f"found {found} and {corpus.manifest['tables']}, needed {needed}, {sizes}")
+    if not isinstance(corpus.fingerprint, str) or corpus.pad_token_id < 0:
+        raise ValueError("fingerprint or pad_token_id is of another type")
 
 
 def split_validation(corpus: Corpus, fraction: float, seed: int) -> tuple[Ids, Ids]:

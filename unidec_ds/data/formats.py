@@ -3,7 +3,9 @@
 The first stage of a corpus: `recognise` finds the layout by the files present, `RawCorpus` streams
 its tables, `data.prepare` turns the records into memory-mapped tables. One record is held at a
 time, so memory does not grow with the files. Every fault is a `CorpusError` that starts with
-`file:line` (for npz and Parquet files and saved datasets: the row, from 1).
+`file:line` (for npz and Parquet files and saved datasets: the row, from 1). Where one line is wrong
+and not its file, a caller may take the fault (`OnFault`) and read on: the line's query is then left
+out, its label stays, without a text, so that every other label keeps its row.
 
 Layouts (text files gzipped or not):
 
@@ -27,45 +29,22 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from unidec_ds.data.files import (
-    count_records,
-    read_columns,
-    read_json_objects,
-    read_lines,
-    shorten,
-    valid_unicode,
-)
-from unidec_ds.data.matrices import SparseMatrixFile, check_range, read_pairs
+from unidec_ds.data.files import OnFault, count_records, refuse
+from unidec_ds.data.matrices import MatrixRow, SparseMatrixFile, read_pairs
 from unidec_ds.data.pairs import Ids
+from unidec_ds.data.records import (
+    Record,
+    read_label_records,
+    read_query_records,
+    with_relevant,
+)
 from unidec_ds.errors import CorpusError
 
 LAYOUTS_WITHOUT_UIDS = ("Renee", "DEXML")
 """Their texts have no identifier: the row number takes its place as uid."""
-
-
-class Record(NamedTuple):
-    """One query or label.
-
-    Args:
-        line: where it stands in its file, from 1.
-        uid: the source's identifier; the row number, from 0, where a layout has none.
-        title: stripped; the whole text where a layout has one text only. May be empty.
-        content: stripped; may be empty.
-        targets: the labels relevant to a query, by row, or by uid if
-            `RawCorpus.targets_are_uids`. May repeat.
-        num_irrelevant: labels left out of `targets` because the source gives them relevance 0.
-    """
-
-    line: int
-    uid: str
-    title: str
-    content: str = ""
-    targets: tuple[int, ...] | tuple[str, ...] = ()
-    num_irrelevant: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,37 +151,43 @@ class RawCorpus:
         """Returns how many records "labels", "train" or "test" has, about: for progress bars."""
         return count_records(self.files[table])
 
-    def labels(self) -> Iterator[Record]:
-        """Yields the labels in row order. Labels without a text are legitimate."""
-        return _read_table(self.files["labels"], queries=False)
+    def labels(self, on_fault: OnFault = refuse) -> Iterator[Record]:
+        """Yields the labels in row order. Labels without a text are legitimate.
 
-    def queries(self, split: str, num_labels: int) -> Iterator[Record]:
+        A malformed line that `on_fault` was told of is a label without text; it keeps its uid if
+        that can be read.
+        """
+        return read_label_records(self.files["labels"], on_fault)
+
+    def queries(
+        self, split: str, num_labels: int, on_fault: OnFault = refuse
+    ) -> Iterator[Record | None]:
         """Yields the queries of "train" or "test" in row order.
 
+        Args:
+            split: "train" or "test".
+            num_labels: label rows are below it.
+            on_fault: is told of a malformed line, a query without text or a label row out of range;
+                in place of its query comes None.
+
         Raises:
-            CorpusError: while iterating, at a malformed line, a query without text, a label row
-                outside 0..num_labels-1, or where the files of a split disagree in length.
+            CorpusError: while iterating, where a file cannot be read on or those of a split
+                disagree in length, or what `on_fault` raises.
         """
         path = self.files[split]
-        records = _read_table(path, queries=True)
+        records = read_query_records(path, num_labels, on_fault)
         if f"{split} positives" in self.files:
             matrix = SparseMatrixFile(self.files[f"{split} positives"])
-            records = _with_positives(records, path, matrix, num_labels)
-        for record in records:
-            if not record.title and not record.content:
-                raise CorpusError(
-                    f"{path}:{record.line}: a query without text; every query needs one. "
-                    "Give it a text, or remove it (from the positives and filter files too)."
-                )
-            if self.layout == "XMC repository":
-                check_range(record.targets, num_labels, path, record.line)  # type: ignore[arg-type]
-            yield record
+            return _with_positives(records, path, matrix, num_labels, on_fault)
+        return records
 
-    def filter_pairs(self, split: str, num_queries: int, num_labels: int) -> tuple[Ids, Ids]:
+    def filter_pairs(
+        self, split: str, num_queries: int, num_labels: int, on_fault: OnFault = refuse
+    ) -> tuple[Ids, Ids]:
         """Returns the filter pairs of a split as (query rows, label rows); none without a file."""
         if split not in self.filter_files:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        return read_pairs(self.filter_files[split], num_queries, num_labels)
+        return read_pairs(self.filter_files[split], num_queries, num_labels, on_fault)
 
 
 def read_labels(path: Path) -> Iterator[Record]:
@@ -221,7 +206,7 @@ def read_labels(path: Path) -> Iterator[Record]:
             ".parquet or a saved dataset, or `uid, title, content` as .json (text files gzipped or "
             "not)."
         )
-    return _read_table(path, queries=False)
+    return read_label_records(path, refuse)
 
 
 def recognise(folder: Path) -> RawCorpus:
@@ -280,114 +265,30 @@ def _files_under(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _read_table(path: Path, *, queries: bool) -> Iterator[Record]:
-    """Yields the records of one table file, whatever its kind."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".txt"):
-        return (Record(n, str(n - 1), text.strip()) for n, text in read_lines(path))
-    return _read_xmc(path, queries) if name.endswith(".json") else _read_rows(path, queries)
-
-
-def _read_xmc(path: Path, queries: bool) -> Iterator[Record]:
-    """Yields the records of a file of the XMC repository."""
-    required = ("uid", "title", "target_ind") if queries else ("uid", "title")
-    for line, row in read_json_objects(path):
-        _require(row, required, path, line)
-        record = Record(
-            line,
-            _uid(row["uid"], "uid", path, line),
-            _text(row, "title", path, line),
-            _text(row, "content", path, line),
-        )
-        yield _with_targets(record, row, path) if queries else record
-
-
-def _with_targets(record: Record, row: dict[str, Any], path: Path) -> Record:
-    """Adds the labels of `target_ind` whose `target_rel`, if given, is not zero."""
-    targets, relevances = row["target_ind"], row.get("target_rel")
-    if not isinstance(targets, list) or any(type(label) is not int for label in targets):
-        raise CorpusError(
-            f"{path}:{record.line}: target_ind is {shorten(targets)}, needed a list of integers "
-            "(label rows counted from 0)."
-        )
-    if relevances is None:
-        return record._replace(targets=tuple(targets))
-    if not isinstance(relevances, list) or len(relevances) != len(targets):
-        raise CorpusError(
-            f"{path}:{record.line}: target_rel is {shorten(relevances)}, needed a list of "
-            f"{len(targets)} numbers, one for each entry of target_ind."
-        )
-    return _with_relevant(record, targets, relevances)
-
-
-def _with_relevant(record: Record, targets: list[int], relevances: list[float]) -> Record:
-    """Adds the targets whose relevance is not zero and counts the others."""
-    relevant = tuple(itertools.compress(targets, relevances))
-    return record._replace(targets=relevant, num_irrelevant=len(targets) - len(relevant))
-
-
-def _read_rows(path: Path, queries: bool) -> Iterator[Record]:
-    """Yields the records of a JSONL file, a Parquet file or a saved dataset."""
-    columns = ("id", "text", "labels") if queries else ("id", "text")
-    jsonl = path.name.endswith((".jsonl", ".jsonl.gz"))
-    for line, row in read_json_objects(path) if jsonl else read_columns(path, columns):
-        _require(row, columns if queries else ("id",), path, line)
-        record = Record(line, _uid(row["id"], "id", path, line), _text(row, "text", path, line))
-        if queries:
-            labels = row["labels"]
-            if not isinstance(labels, list):
-                raise CorpusError(
-                    f"{path}:{line}: labels is {shorten(labels)}, needed a list of label ids "
-                    "(empty for none)."
-                )
-            targets = tuple(_uid(label, "an entry of labels", path, line) for label in labels)
-            record = record._replace(targets=targets)
-        yield record
-
-
 def _with_positives(
-    records: Iterator[Record], path: Path, matrix: SparseMatrixFile, num_labels: int
-) -> Iterator[Record]:
+    records: Iterator[Record | None],
+    path: Path,
+    matrix: SparseMatrixFile,
+    num_labels: int,
+    on_fault: OnFault,
+) -> Iterator[Record | None]:
     """Joins texts with the rows of their positives; both must have the same number of rows."""
     if matrix.num_columns != num_labels:
         raise CorpusError(
             f"{matrix.path}:1: {matrix.num_columns} columns, but there are {num_labels} labels; "
             "both numbers must agree. Do the files belong to the same corpus?"
         )
-    count = 0
-    for record, row in itertools.zip_longest(records, matrix):
-        if record is None or row is None:
-            longer, shorter = (matrix.path, path) if record is None else (path, matrix.path)
+    end = object()
+    rows = matrix.rows(on_fault)
+    for count, (record, row) in enumerate(itertools.zip_longest(records, rows, fillvalue=end)):
+        if record is end or row is end:
+            longer, shorter = (matrix.path, path) if record is end else (path, matrix.path)
+            first_line = 2 if longer is matrix.path and matrix.has_header else 1
             raise CorpusError(
-                f"{longer}:{(row or record).line}: more rows than {shorter.name}, which ends after "
+                f"{longer}:{count + first_line}: more rows than {shorter.name}, which ends after "
                 f"{count}; both need one row per query. Is one of them cut short?"
             )
-        count += 1  # noqa: SIM113 (needed after the shorter one ends)
-        yield _with_relevant(record, row.columns, row.values)
-
-
-def _require(row: dict[str, Any], keys: tuple[str, ...], path: Path, line: int) -> None:
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise CorpusError(
-            f"{path}:{line}: {', '.join(missing)} missing; found {', '.join(row) or 'nothing'}, "
-            f"needed {', '.join(keys)}."
-        )
-
-
-def _uid(value: object, key: str, path: Path, line: int) -> str:
-    if type(value) is int:
-        return str(value)
-    if not isinstance(value, str):
-        raise CorpusError(f"{path}:{line}: {key} is {shorten(value)}, needed text or an integer.")
-    return valid_unicode(value, key, path, line)
-
-
-def _text(row: dict[str, Any], key: str, path: Path, line: int) -> str:
-    """Returns a text field, stripped; a missing or null one is empty."""
-    value = row.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise CorpusError(f"{path}:{line}: {key} is {shorten(value)}, needed text.")
-    return valid_unicode(value, key, path, line).strip()
+        if isinstance(record, Record) and isinstance(row, MatrixRow):
+            yield with_relevant(record, row.columns, row.values)
+        else:  # one of the two was put aside, and with it the query
+            yield None

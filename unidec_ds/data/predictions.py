@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,6 @@ def read_positives(path: Path) -> Pairs:
     matrix = SparseMatrixFile(_existing(path))
     counts, columns = array("q"), array("q")
     for row in matrix:
-        _refuse_nan(row, path)
         positives = [column for column, value in zip(row.columns, row.values, strict=True) if value]
         counts.append(len(positives))
         columns.extend(positives)
@@ -132,30 +132,19 @@ def read_predictions(
         )
     ids_NK = np.full((num_queries, k), -1, np.int64)
     for query, row in enumerate(matrix):
-        _refuse_nan(row, path)
         _refuse_repetition(row, path)
         ids_C = np.array(row.columns, np.int64)
-        ranked_C = ids_C[np.lexsort((ids_C, -np.array(row.values)))]
+        ranked_C = ids_C[np.lexsort((ids_C, -np.array(row.values, np.float64)))]
         if exclude is not None and len(excluded := exclude.row(query)):
-            ranked_C = ranked_C[~(ranked_C[:, None] == excluded).any(1)]
+            ranked_C = ranked_C[~np.isin(ranked_C, excluded)]
         ranked_C = ranked_C[:k]
         ids_NK[query, : len(ranked_C)] = ranked_C
     return ids_NK
 
 
-def _refuse_nan(row: MatrixRow, path: Path) -> None:
-    if math.isnan(sum(row.values)):  # inf - inf is NaN too: look again
-        for column, value in zip(row.columns, row.values, strict=True):
-            if math.isnan(value):
-                raise CorpusError(
-                    f"{path}:{row.line}: label {column} has the value NaN; a number was needed. "
-                    "Did the model that wrote it diverge?"
-                )
-
-
 def _refuse_repetition(row: MatrixRow, path: Path) -> None:
     if len(set(row.columns)) < len(row.columns):
-        twice = next(column for column in row.columns if row.columns.count(column) > 1)
+        twice = Counter(row.columns).most_common(1)[0][0]
         raise CorpusError(
             f"{path}:{row.line}: label {twice} is predicted more than once. "
             "Keep one score per label."

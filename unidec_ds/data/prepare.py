@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from unidec_ds.data.corpus import (
     describe_oddities,
     open_corpus,
 )
+from unidec_ds.data.files import LineError
 from unidec_ds.data.formats import RawCorpus, recognise
+from unidec_ds.data.quarantine import Quarantine
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import CorpusError, UserError
 
@@ -51,12 +53,15 @@ def prepare(
     max_length: int,
     text: str = "title+content",
     prepared_dir: Path = Path("prepared"),
+    quarantine: Path | None = None,
     show_progress: bool = True,
 ) -> Corpus:
     """Returns the prepared form of a raw corpus, building it if it is not there yet.
 
     Several processes may call this at once: one builds, the others wait. An `out_dir` prepared
-    from other sources or settings is replaced.
+    from other sources or settings is replaced. The fingerprint does not tell whether there was a
+    quarantine: a source without bad lines gives the same corpus either way, one with bad lines is
+    a corpus only with a quarantine.
 
     Args:
         raw_dir: a folder in one of the layouts of `data.formats`.
@@ -65,6 +70,8 @@ def prepare(
         max_length: texts are cut to this many tokens, special tokens included.
         text: "title" or "title+content".
         prepared_dir: parent of the default `out_dir`.
+        quarantine: file for bad lines, written over; the corpus is made without them. None: the
+            first bad line is an error, also where a corpus was made without it before.
         show_progress: whether to draw progress bars on stderr.
 
     Raises:
@@ -93,13 +100,15 @@ def prepare(
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if out_dir is None:
         out_dir = prepared_dir / f"{raw_dir.resolve().name}-{fingerprint[:8]}"
-    if _holds(out_dir, fingerprint):
+    if quarantine is not None and out_dir.resolve() in quarantine.resolve().parents:
+        raise UserError(f"{quarantine}: in the corpus's own folder; name a file elsewhere.")
+    if _holds(out_dir, fingerprint, quarantine):
         return open_corpus(out_dir)
     with _locked(out_dir):
-        if not _holds(out_dir, fingerprint):
+        if not _holds(out_dir, fingerprint, quarantine):
             manifest = {"name": raw_dir.resolve().name, "fingerprint": fingerprint, **settings}
-            _build_beside(out_dir, raw, tokenizer, manifest, show_progress)
-            _say_what_was_found(raw, open_corpus(out_dir))
+            _build_beside(out_dir, raw, tokenizer, manifest, show_progress, quarantine)
+            _say_what_was_found(raw, open_corpus(out_dir), quarantine)
     return open_corpus(out_dir)
 
 
@@ -135,6 +144,7 @@ def resolve_corpus(
             max_length=max_length,
             text=config.text,
             prepared_dir=Path(config.prepared_dir),
+            quarantine=Path(config.quarantine) if config.quarantine else None,
             show_progress=show_progress,
         )
     corpus = open_corpus(folder)
@@ -201,18 +211,23 @@ def _identity(file: Path, folder: Path) -> dict[str, str | int]:
     return {**identity, "sha256": digest.hexdigest()}
 
 
-def _holds(out_dir: Path, fingerprint: str) -> bool:
-    """Returns whether `out_dir` is the corpus of this fingerprint, complete."""
+def _holds(out_dir: Path, fingerprint: str, quarantine: Path | None) -> bool:
+    """Returns whether `out_dir` is the corpus of this fingerprint, complete.
+
+    One that was made without bad lines is none for a caller who did not allow that.
+    """
     if not (out_dir / MANIFEST).is_file():
         return False
     try:
-        return open_corpus(out_dir).fingerprint == fingerprint
+        corpus = open_corpus(out_dir)
+        allowed = quarantine is not None or corpus.num_lines_put_aside == 0
+        return allowed and corpus.fingerprint == fingerprint
     except CorpusError as error:
         logger.warning("%s", error)
         return False
 
 
-def _say_what_was_found(raw: RawCorpus, corpus: Corpus) -> None:
+def _say_what_was_found(raw: RawCorpus, corpus: Corpus, quarantine: Path | None) -> None:
     """Logs, once per build, what the sources lack or hold that a user may not expect."""
     said = describe_oddities(corpus.manifest["oddities"])
     said += [f"  no filter file for {s}" for s in raw.splits if s not in raw.filter_files]
@@ -220,6 +235,8 @@ def _say_what_was_found(raw: RawCorpus, corpus: Corpus) -> None:
         said.append("  no test set")
     if corpus.manifest["text"] == "title" and not raw.has_content:
         said.append("  corpus.text: title has no effect, the source has one text per record")
+    if corpus.num_lines_put_aside:
+        said += [*corpus.describe_put_aside(), f"    they are in {quarantine}"]
     if said:
         logger.warning("%s:\n%s", corpus.name, "\n".join(said))
 
@@ -241,7 +258,12 @@ def _locked(out_dir: Path) -> Iterator[None]:
 
 
 def _build_beside(
-    out_dir: Path, raw: RawCorpus, tokenizer: Any, manifest: dict[str, Any], show_progress: bool
+    out_dir: Path,
+    raw: RawCorpus,
+    tokenizer: Any,
+    manifest: dict[str, Any],
+    show_progress: bool,
+    quarantine: Path | None,
 ) -> None:
     """Builds the corpus in a hidden sibling folder and renames it to `out_dir` when whole.
 
@@ -257,11 +279,20 @@ def _build_beside(
         shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir()
     try:
-        build(building, raw, tokenizer, manifest, show_progress)
+        opened: AbstractContextManager[Quarantine | None] = (
+            nullcontext() if quarantine is None else Quarantine(quarantine)
+        )
+        with opened as lines:
+            build(building, raw, tokenizer, manifest, show_progress, lines)
         if out_dir.exists():
             logger.warning("%s was prepared from other sources or settings; replaced", out_dir)
             out_dir.rename(old)
         building.rename(out_dir)
+    except LineError as fault:
+        raise CorpusError(
+            f"{fault} To leave such lines out, name a file for them: `--quarantine FILE`, or "
+            "corpus.quarantine in a recipe."
+        ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

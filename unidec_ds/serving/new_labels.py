@@ -44,9 +44,10 @@ from unidec_ds.assembly import LoadedRun
 from unidec_ds.data import label_digests as digests
 from unidec_ds.data.build import text_of
 from unidec_ds.data.corpus import RaggedTokens, TextTable
-from unidec_ds.data.formats import Record, read_labels
+from unidec_ds.data.formats import read_labels
 from unidec_ds.data.keyed import hash64
 from unidec_ds.data.pairs import Ids, Pairs
+from unidec_ds.data.records import Record
 from unidec_ds.data.uids import UidDigests
 from unidec_ds.embedding import embed_all, pool_tokens
 from unidec_ds.encoders import load_tokenizer
