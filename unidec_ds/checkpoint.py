@@ -16,24 +16,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unidec_ds import comm
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.errors import CheckpointError
+from unidec_ds.manifest import manifest_faults
 from unidec_ds.settings import Settings
 
 FORMAT_VERSION = 1
 ENCODER_FILE = "encoder.safetensors"
 _MANIFEST = "manifest.json"
 _LATEST = "latest"
+_STEP_FOLDER = re.compile(r"step_[0-9]{8,18}")
 
 
 class CheckpointConfig(Settings):
@@ -110,17 +114,17 @@ def latest(run: Path) -> Path | None:
     """Returns the newest complete checkpoint of a run directory, None if there is none."""
     pointer = run / "checkpoints" / _LATEST
     if pointer.is_file():
-        folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-        if (folder / _MANIFEST).is_file():
-            return folder
+        name = pointer.read_bytes().decode("utf-8", "replace").strip()
+        if _STEP_FOLDER.fullmatch(name) and (pointer.parent / name / _MANIFEST).is_file():
+            return pointer.parent / name
     steps = kept_steps(run)
     return run / "checkpoints" / f"step_{steps[-1]:08d}" if steps else None
 
 
 def kept_steps(run: Path) -> list[int]:
     """Returns the steps of a run's complete checkpoints, ascending."""
-    found = (run / "checkpoints").glob("step_*[0-9]/" + _MANIFEST)
-    return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+    found = [path.parent.name for path in (run / "checkpoints").glob("step_*/" + _MANIFEST)]
+    return sorted(int(name.removeprefix("step_")) for name in found if _STEP_FOLDER.fullmatch(name))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -132,22 +136,30 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / _MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
         version = manifest["format_version"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{checkpoint} is not a complete checkpoint: it has no {_MANIFEST}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version}; this version reads {FORMAT_VERSION}"
         )
-    for name, entry in files.items():
+    if faults := list(manifest_faults(manifest, ENCODER_FILE, rows_file)):
+        raise CheckpointError(
+            f"{path} is damaged: {'; '.join(faults)}; use another checkpoint of the run"
+        )
+    for name, entry in manifest["files"].items():
         file = checkpoint / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file} is missing; use another checkpoint of the run")
+        if file.resolve().parent != checkpoint.resolve():
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside the checkpoint; put the file "
+                "itself there"
+            )
         if (size := file.stat().st_size) != entry["bytes"]:
             raise CheckpointError(
                 f"{file} has {size:,} bytes, its manifest says {entry['bytes']:,}; "
@@ -176,7 +188,12 @@ def load_tensors(checkpoint: Path, manifest: Mapping[str, Any], name: str) -> di
             f"{path} is damaged: SHA-256 {found[:16]}..., its manifest says "
             f"{manifest['files'][name]['sha256'][:16]}...; use another checkpoint of the run"
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is no safetensors file ({error}); use another checkpoint of the run"
+        ) from None
 
 
 def load_rows(checkpoint: Path, manifest: Mapping[str, Any], table: ClassifierTable) -> None:

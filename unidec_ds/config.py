@@ -4,6 +4,8 @@ A recipe is a YAML file whose sections are the components' own settings. It is l
 unknown keys, wrong types, values out of range and settings that contradict each other are all
 listed in one `ConfigError`, each with its dotted key. `--set section.key=value` overrides a value
 before the check. YAML 1.2: `1e-4` is a number, `no` is a string, a key given twice is an error.
+Aliases (`*name`) are refused: a recipe has no use for them, and a page of them can stand for more
+values than any memory holds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from unidec_ds.checkpoint import CheckpointConfig
 from unidec_ds.classifier.table import ClassifierConfig
@@ -30,6 +33,11 @@ from unidec_ds.mining.mine import MiningConfig
 from unidec_ds.model import ModelConfig
 from unidec_ds.optim import OptimizerConfig
 from unidec_ds.settings import Settings
+
+MAX_RECIPE_BYTES = 1 << 18
+"""A larger file is refused; a recipe has some 5,000 bytes."""
+
+_MAX_DEPTH = 16
 
 
 class TrainConfig(Settings):
@@ -144,7 +152,12 @@ def _read(name_or_file: str) -> tuple[str, str]:
     looks_like_file = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     try:
         if looks_like_file or path.is_file():
-            return str(path), path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                content = file.read(MAX_RECIPE_BYTES + 1)
+            if len(content) > MAX_RECIPE_BYTES:
+                raise UserError(f"--recipe: {path} has more than {MAX_RECIPE_BYTES:,} bytes; is it "
+                                "a recipe?")  # fmt: skip
+            return str(path), content.decode("utf-8")
         if name_or_file in recipe_names():
             resource = resources.files("unidec_ds.recipes") / f"{name_or_file}.yaml"
             return f"recipe {name_or_file}", resource.read_text(encoding="utf-8")
@@ -160,8 +173,8 @@ def _read(name_or_file: str) -> tuple[str, str]:
 
 def _parse(source: str, text: str) -> dict[str, Any]:
     try:
-        data = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+        data = _load_yaml(text)
+    except (YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1} column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
@@ -171,6 +184,29 @@ def _parse(source: str, text: str) -> dict[str, Any]:
     return data
 
 
+def _load_yaml(text: str) -> Any:
+    """Returns the plain data of a YAML text.
+
+    Raises:
+        YAMLError: it is no YAML.
+        ValueError: it cannot be a recipe's; the message says what.
+    """
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent) or depth > _MAX_DEPTH:
+            what = f"nested more than {_MAX_DEPTH} deep"
+            if isinstance(event, AliasEvent):
+                what = f"the alias *{event.anchor}; write the value out instead"
+            raise ValueError(f"line {event.start_mark.line + 1}: {what}")
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise
+    except Exception as error:  # what ruamel makes of `!!int x`, a 13th month, 5,000 digits
+        raise ValueError(f"a value that cannot be read: {error}") from error
+
+
 def _override(data: dict[str, Any], item: str) -> str | None:
     """Sets one dotted key in place; returns the fault, if any."""
     key, equals, text = item.partition("=")
@@ -178,8 +214,8 @@ def _override(data: dict[str, Any], item: str) -> str | None:
     if not equals or len(path) != 2 or not all(path):
         return f"{item!r}: needs section.key=value"
     try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+        value = _load_yaml(text)
+    except (YAMLError, ValueError):
         return f"{item!r}: the value is not YAML"
     section = data.setdefault(path[0], {})
     if not isinstance(section, dict):

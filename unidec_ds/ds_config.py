@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from unidec_ds.errors import ConfigError, UserError
 
+_MAX_DEPTH = 16
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu")
 _PASSED_ON = (
     "aio",
@@ -124,12 +125,25 @@ def load_ds_config(path: Path, *, batch_size: int, world_size: int) -> DsConfig:
         raise ConfigError(str(path), [fault]) from error
     except _DuplicateKeyError as error:
         raise ConfigError(str(path), [f"{error}: given twice"]) from error
+    except (ValueError, RecursionError) as error:  # more digits, or deeper, than Python reads
+        raise ConfigError(str(path), [f"not a ds_config: {error}"]) from error
     if not isinstance(content, dict):
         raise ConfigError(str(path), ["the file must hold one JSON object"])
+    if _is_deep(content):
+        raise ConfigError(str(path), [f"nested more than {_MAX_DEPTH} deep"])
     faults = list(_faults(content, batch_size, world_size))
     if faults:
         raise ConfigError(str(path), faults)
     return DsConfig(path, content)
+
+
+def _is_deep(content: Any) -> bool:
+    """Returns whether JSON is nested more than _MAX_DEPTH deep; does not recurse itself."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        parts = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [v for part in parts for v in part if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 class _DuplicateKeyError(ValueError):
@@ -213,7 +227,13 @@ def _zero_faults(zero: Any) -> Iterator[str]:
     offload = zero.get("offload_optimizer")
     if offload is None:
         return
-    device = offload.get("device", "none") if isinstance(offload, dict) else offload
+    if not isinstance(offload, dict):
+        yield (
+            f"zero_optimization.offload_optimizer: found {json.dumps(offload)}; needs a section, "
+            'for example {"device": "cpu"}'
+        )
+        return
+    device = offload.get("device", "none")
     if device not in ("none", "cpu", "nvme"):
         yield (
             f"zero_optimization.offload_optimizer.device: found {json.dumps(device)}; "

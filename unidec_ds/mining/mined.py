@@ -92,15 +92,22 @@ def open_mined(folder: Path, epoch: int) -> Mined:
     try:
         record = json.loads((place / _RECORD).read_text(encoding="utf-8"))
         clusters = np.load(place / _CLUSTERS, mmap_mode="r") if record["clusters"] else None
+        shortlists = np.load(place / _SHORTLISTS, mmap_mode="r")
+        for array, what, ndim in ((shortlists, _SHORTLISTS, 2), (clusters, _CLUSTERS, 1)):
+            if array is not None and (array.ndim, array.dtype) != (ndim, np.int32):
+                raise ValueError(f"{what} holds {array.dtype} of shape {array.shape}")
+        numbers = [*record["seconds"].values(), *record["texts"].values()]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"{_RECORD} holds {numbers}, needed numbers")
         return Mined(
             epoch=epoch,
-            shortlists=np.load(place / _SHORTLISTS, mmap_mode="r"),
+            shortlists=shortlists,
             clusters=clusters,
             seconds=MiningSeconds(**record["seconds"]),
             texts=MiningTexts(**record["texts"]),
             recall=float(record["recall"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # NumPy and json have a dozen kinds for damaged files
         raise CheckpointError(
             f"{place}: cannot open the shortlists mined for epoch {epoch} ({error}); needed "
             f"{_SHORTLISTS} and {_RECORD} as mining wrote them, on a disk that every rank sees. "
