@@ -262,7 +262,7 @@ def measure_all(
                 guess = extrapolate(known, labels) if len(known) == 2 else None
                 if guess and (
                     guess["extrapolated"]
-                    or guess["step_s"] * (args.steps + 1) > args.limit
+                    or guess["step_s"] * (args.steps + 2) > args.limit
                     or guess["peak_bytes"] * world_size > MEMORY_SHARE * host_free_bytes()
                 ):
                     made.append({**guess, **line, "extrapolated": True})
