@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import math
 import mmap
 import multiprocessing
@@ -276,6 +277,7 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
 def _read(run: Path) -> dict[str, Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # purging is what is wanted
     newest = checkpoint.latest(run)
     assert newest is not None
     damage = checkpoint.find_damage(newest)
