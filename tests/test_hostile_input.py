@@ -150,6 +150,22 @@ def test_a_damaged_page_of_a_parquet_file_ended_in_a_traceback(tmp_path):
         read_queries(tmp_path)
 
 
+def test_a_parquet_file_with_a_damaged_column_was_read_as_an_empty_one(tmp_path, monkeypatch):
+    write_parquet(tmp_path, random_content())
+    path = tmp_path / "queries.parquet"
+    rows = pa.parquet.read_table(path)
+    cut = [rows.slice(0, 7).to_batches()[0]]
+    monkeypatch.setattr(pa.parquet.ParquetFile, "iter_batches", lambda *a, **k: iter(cut))
+    with pytest.raises(CorpusError, match=r"parquet:8: the file announces 40 rows, 7 can be read"):
+        read_queries(tmp_path)
+
+
+def test_a_file_of_nothing_but_a_byte_order_mark_held_an_empty_label(tmp_path):
+    write_renee(tmp_path, random_content())
+    (tmp_path / "Y.txt").write_bytes(b"\xef\xbb\xbf")
+    assert list(recognise(tmp_path).labels()) == []
+
+
 def test_values_that_python_cannot_hold_ended_in_a_traceback(tmp_path):
     write_parquet(tmp_path, random_content())
     late = pa.array([2**62], pa.timestamp("ms"))
