@@ -1,6 +1,7 @@
 """Faults that broken or hostile files found once; each test names its bug."""
 
 import json
+import re
 import shutil
 from hashlib import sha256
 
@@ -149,6 +150,26 @@ def test_a_damaged_page_of_a_parquet_file_ended_in_a_traceback(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CorpusError, match=r"queries\.parquet:\d+: "):
         read_queries(tmp_path)
+
+
+def test_a_flipped_bit_in_a_parquet_footer_left_no_rows_without_a_word(tmp_path):
+    """Arrow reads some of these files as 0 rows, or as more than they announce; no exception."""
+    write_parquet(tmp_path, random_content())
+    path = tmp_path / "queries.parquet"
+    data = path.read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little")
+    for at in range(len(data) - 8 - footer, len(data) - 8):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 4]) + data[at + 1 :])
+        try:
+            assert len(read_queries(tmp_path)) == 40
+        except CorpusError as error:
+            assert re.search(r"queries\.parquet:\d+: ", str(error))  # noqa: PT017
+
+
+def test_a_file_of_nothing_but_a_byte_order_mark_held_an_empty_label(tmp_path):
+    write_renee(tmp_path, random_content())
+    (tmp_path / "Y.txt").write_bytes(b"\xef\xbb\xbf")
+    assert list(recognise(tmp_path).labels()) == []
 
 
 def test_values_that_python_cannot_hold_ended_in_a_traceback(tmp_path):

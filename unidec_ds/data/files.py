@@ -72,6 +72,8 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     )
                 if number == 1:
                     raw = raw.removeprefix(codecs.BOM_UTF8)
+                    if not raw:  # a file of nothing but the mark has no line
+                        return
                 yield number, raw.rstrip(b"\r\n")
     except _GZIP_DAMAGE as error:
         raise _damaged(path, number + 1, error) from None
@@ -131,14 +133,16 @@ def read_columns(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, di
             f"needed {', '.join(columns)}."
         )
     if dataset is None:
-        tables = _parquet(path).iter_batches(_ROWS_AT_ONCE, columns=list(columns))
+        file = _parquet(path)
+        num_rows = int(file.metadata.num_rows)
+        tables = file.iter_batches(_ROWS_AT_ONCE, columns=list(columns))
     else:
         arrow = dataset.select_columns(list(columns)).with_format("arrow")
-        tables = arrow.iter(batch_size=_ROWS_AT_ONCE)
-    return enumerate(_rows(path, tables), start=1)
+        num_rows, tables = len(dataset), arrow.iter(batch_size=_ROWS_AT_ONCE)
+    return enumerate(_rows(path, tables, num_rows), start=1)
 
 
-def _rows(path: Path, tables: Iterator[Any]) -> Iterator[dict[str, Any]]:
+def _rows(path: Path, tables: Iterator[Any], num_rows: int) -> Iterator[dict[str, Any]]:
     """Yields the rows of Arrow batches; what a damaged page makes of Arrow is a CorpusError."""
     row = 0
     while True:
@@ -151,9 +155,14 @@ def _rows(path: Path, tables: Iterator[Any]) -> Iterator[dict[str, Any]]:
                 f"text, number and list ({error}). Write the file again."
             ) from None
         if table is None:
-            return
+            break
         yield from rows
         row += len(rows)
+    if row != num_rows:  # Arrow passes over a column whose description is damaged
+        raise CorpusError(
+            f"{path}:{row + 1}: the file announces {num_rows} rows, {row} can be read. It is "
+            "damaged; write it again."
+        )
 
 
 def count_records(path: Path) -> int:
