@@ -127,6 +127,7 @@ def test_a_table_that_does_not_fit_leaves_train_py_with_2_and_nothing_allocated(
     assert "does not fit into the disk of /proc: 60 labels x 16" in done.stderr
     assert "(11,520 bytes) there, and 0.0 GiB (0 bytes) are free. Not one row fits" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (inputs / "run").exists()
 
 
 def test_only_rank_0_prints(inputs, capsys, monkeypatch):

@@ -128,6 +128,42 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.set_defaults(run_command=_export)
 
+    plan = commands.add_parser("plan", help="what a run will take: memory, disk, FLOPs, time")
+    plan.add_argument("--recipe", required=True, help="a YAML file, or a recipe's name")
+    plan.add_argument("--ds_config", required=True, type=Path, help="DeepSpeed configuration")
+    plan.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks (default: 1)")
+    plan.add_argument(
+        "--ranks-per-machine", type=int, metavar="N", help="that share memory (default: all)"
+    )
+    plan.add_argument("--corpus", help="raw or prepared corpus; replaces corpus.path")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe value"
+    )
+    plan.add_argument(
+        "--measure",
+        type=int,
+        default=3,
+        metavar="N",
+        help="steps to time on this machine (default: 3); 0 gives no time",
+    )
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    sizes = plan.add_argument_group("instead of a corpus")
+    sizes.add_argument("--labels", type=int, metavar="L", help="number of labels")
+    sizes.add_argument("--queries", type=int, metavar="N", help="number of train queries")
+    sizes.add_argument("--test-queries", type=int, default=0, metavar="N")
+    sizes.add_argument(
+        "--positives", type=float, default=5.0, metavar="X", help="per query (default: 5)"
+    )
+    sizes.add_argument(
+        "--query-tokens", type=float, metavar="X", help="mean (default: encoder.max_length)"
+    )
+    sizes.add_argument("--label-tokens", type=float, metavar="X", help="likewise")
+    machine = plan.add_argument_group("instead of this machine")
+    machine.add_argument("--device", choices=["cpu", "cuda"], help="default: what is here")
+    machine.add_argument("--host-gib", type=float, metavar="X", help="its memory")
+    machine.add_argument("--device-gib", type=float, metavar="X", help="each accelerator's memory")
+    plan.set_defaults(run_command=_plan)
+
     score = commands.add_parser("score", help="score any system's predictions")
     score.add_argument("--truth", type=Path, required=True, help="XMC sparse text or .npz")
     score.add_argument("--predictions", type=Path, required=True, help="likewise, with scores")
@@ -229,6 +265,30 @@ def _predict(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             as_json=args.json,
         )
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from unidec_ds.preflight.command import PlanRequest, plan_run
+
+    request = PlanRequest(
+        recipe=args.recipe,
+        ds_config=args.ds_config,
+        overrides=[*args.set, *([f"corpus.path={args.corpus}"] if args.corpus else [])],
+        world_size=args.world_size,
+        ranks_per_machine=args.ranks_per_machine,
+        labels=args.labels,
+        queries=args.queries,
+        test_queries=args.test_queries,
+        positives=args.positives,
+        query_tokens=args.query_tokens,
+        label_tokens=args.label_tokens,
+        device=args.device,
+        host_gib=args.host_gib,
+        device_gib=args.device_gib,
+        measured_steps=args.measure,
+        json_file=args.json,
+    )
+    print(plan_run(request))
 
 
 def _report(args: argparse.Namespace) -> None:

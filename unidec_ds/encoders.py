@@ -88,18 +88,14 @@ def load_encoder(config: EncoderConfig, device: torch.device) -> nn.Module:
     """
     from transformers import AutoModel
 
-    attention = config.attention
-    if attention == "auto":
-        attention = "eager" if device.type == "cpu" else "sdpa"
     encoder: nn.Module = _from_pretrained(
-        AutoModel, config.name, attn_implementation=attention, dtype=torch.float32
+        AutoModel,
+        config.name,
+        attn_implementation=_attention(config, device),
+        dtype=torch.float32,
     )
     _drop_unused_pooler(encoder)
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config.dropout
-        elif isinstance(getattr(module, "dropout_prob", None), float):
-            setattr(module, "dropout_prob", config.dropout)  # noqa: B010
+    _set_dropout(encoder, config.dropout)
     return encoder
 
 
@@ -115,6 +111,28 @@ def empty_encoder(name: str) -> nn.Module:
     with torch.device("meta"):
         encoder: nn.Module = AutoModel.from_config(config)
     _drop_unused_pooler(encoder)
+    return encoder
+
+
+def traceable_encoder(config: EncoderConfig, device: torch.device) -> nn.Module:
+    """Returns `empty_encoder` with the attention and dropout it would have on `device`.
+
+    Flash attention, which cannot run without weights, is stood in for by torch's own attention.
+
+    Raises:
+        UserError: its configuration cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    attention = _attention(config, device).replace("flash_attention_2", "sdpa")
+    with torch.device("meta"):
+        encoder: nn.Module = AutoModel.from_config(
+            _from_pretrained(AutoConfig, config.name),
+            attn_implementation=attention,
+            dtype=torch.float32,
+        )
+    _drop_unused_pooler(encoder)
+    _set_dropout(encoder, config.dropout)
     return encoder
 
 
@@ -152,6 +170,21 @@ def _from_pretrained(auto_class: Any, name: str, **options: Any) -> Any:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _attention(config: EncoderConfig, device: torch.device) -> str:
+    """Returns the attention implementation that `config` means on `device`."""
+    if config.attention == "auto":
+        return "eager" if device.type == "cpu" else "sdpa"
+    return config.attention
+
+
+def _set_dropout(encoder: nn.Module, rate: float) -> None:
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        elif isinstance(getattr(module, "dropout_prob", None), float):
+            setattr(module, "dropout_prob", rate)  # noqa: B010
 
 
 def _drop_unused_pooler(encoder: nn.Module) -> None:

@@ -21,6 +21,7 @@ from unidec_ds.ds_config import DsConfig, load_ds_config
 from unidec_ds.encoders import check_encoder
 from unidec_ds.engine import check_launch, launched_rank, launched_world_size, start_engine
 from unidec_ds.evaluation import Evaluation, format_breakdown, format_table
+from unidec_ds.preflight.fits import check_run_fits
 from unidec_ds.projector import embed_some_labels
 from unidec_ds.run import (
     REPORT,
@@ -78,6 +79,7 @@ def prepare_job(
         show_progress=launched_rank() == 0,
     )
     warm_start = choose_warm_start(run, init_from, resume, resume_from, recipe, corpus)
+    check_run_fits(recipe, ds_config, corpus, run)
     return Job(recipe, ds_config, corpus, run, resume_from, warm_start)
 
 

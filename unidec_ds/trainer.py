@@ -33,7 +33,6 @@ from unidec_ds.assembly import (
     tune_unified,
 )
 from unidec_ds.batch import Batch, make_batch
-from unidec_ds.classifier.capacity import check_fits
 from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import Corpus
@@ -94,18 +93,6 @@ class Trainer:
         self.device = engine.device
         seed = recipe.train.seed
         self.model = build_model(recipe, self.device)
-        placement = table_placement(ds_config)
-        check_fits(
-            corpus.num_labels,
-            self.model.width,
-            comm.world_size(),
-            recipe.classifier.format,
-            recipe.classifier.bias_correction,
-            placement,
-            self.device,
-            comm.local_world_size(),
-        )
-        comm.barrier()  # no rank takes its memory while another still asks what is free
         engine.prepare(self.model, recipe.optimizer)
         self.table = ClassifierTable(
             num_labels=corpus.num_labels,
@@ -113,7 +100,7 @@ class Trainer:
             rank=comm.rank(),
             world_size=comm.world_size(),
             config=recipe.classifier,
-            placement=placement,
+            placement=table_placement(ds_config),
             device=self.device,
             seed=seed_of(seed, "classifier rows"),
             betas=recipe.optimizer.betas,
