@@ -30,7 +30,7 @@ class Measured:
     tokens_per_s: float
     """Of the steps, padding not counted."""
     encoded_texts_per_s: float
-    """Labels encoded without gradient, as mining and evaluation do."""
+    """Queries encoded without gradient, as mining and evaluation do."""
     base_bytes: int
     """Resident before there is a model: Python, torch, DeepSpeed, ..."""
     peak_bytes: int

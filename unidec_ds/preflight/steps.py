@@ -18,8 +18,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import numpy as np
-
 from unidec_ds.batch import Batch, make_batch
 from unidec_ds.cli import exit_with_message
 from unidec_ds.config import Recipe, load_recipe
@@ -95,11 +93,10 @@ def _timed_steps(trainer: Trainer) -> tuple[list[float], list[int]]:
 
 
 def _encoding_speed(trainer: Trainer) -> float:
-    """Returns the labels encoded in a second, of one block as mining cuts it."""
-    corpus = trainer.corpus
-    ids = np.flatnonzero(corpus.label_has_text)[:BLOCK]
+    """Returns the queries encoded in a second, of one block as mining cuts it."""
+    corpus, ids = trainer.corpus, trainer.train_ids[:BLOCK]
     start = perf_counter()
-    (vectors,) = embed(trainer.model, corpus.labels, ids, ("de",), corpus.pad_token_id)
+    (vectors,) = embed(trainer.model, corpus.queries["train"], ids, ("de",), corpus.pad_token_id)
     vectors.sum().item()  # waits for the device
     return len(ids) / (perf_counter() - start)
 

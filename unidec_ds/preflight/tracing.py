@@ -198,10 +198,10 @@ def heads_bytes(model: UniDEC, num_queries: int, num_labels: int) -> int:
         wanted = [output for output in outputs if output.requires_grad]
         torch.autograd.backward(wanted, [torch.empty_like(output) for output in wanted])
 
-    with Tally(model) as tally, _gradients_dropped(model):
+    tally = Tally(model)
+    with tally, _gradients_dropped(model):
         run()
-    most_bytes: int = tally.most_bytes
-    return most_bytes
+    return tally.most_bytes
 
 
 class Tally(TorchDispatchMode):
