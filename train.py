@@ -16,9 +16,9 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.config import load_recipe, recipe_names
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 from unidec_ds.lifeline import DEFAULT_TIMEOUT, Lifeline
 
 

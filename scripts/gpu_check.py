@@ -37,12 +37,12 @@ import torch
 from make_synthetic import SHAPES, Synthetic, write
 
 from unidec_ds.batch import Batch
-from unidec_ds.cli import exit_with_message
 from unidec_ds.config import load_recipe
 from unidec_ds.data.prefetch import Prefetcher
 from unidec_ds.encoders import PACKAGED_ENCODER
 from unidec_ds.engine import start_engine
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 from unidec_ds.job import prepare_job
 from unidec_ds.monitor import StepTimer, device_memory_gib, host_memory_gib
 from unidec_ds.run import environment, write_run

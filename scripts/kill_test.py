@@ -42,8 +42,8 @@ from make_synthetic import SHAPES, Synthetic, write
 from make_tiny_encoder import make_encoder
 
 from unidec_ds import checkpoint
-from unidec_ds.cli import exit_with_message
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 from unidec_ds.manifest import read_manifest
 
 PHASES = ("start", "step", "save", "mining", "evaluation", "between")

@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.data.keyed import hash64, uniform
 from unidec_ds.data.pairs import distinct
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 
 BLOCK = 32_768  # records made at once
 SPREAD = 8  # a query's positives lie within this many labels for each positive it has

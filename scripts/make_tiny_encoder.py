@@ -19,9 +19,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.data.formats import recognise
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 MAX_TOKENS = 128

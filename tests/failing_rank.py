@@ -12,8 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from unidec_ds.cli import exit_with_message
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 from unidec_ds.lifeline import Lifeline
 
 FAIL_AT = 3

@@ -32,8 +32,8 @@ def train(
     There is no lifeline, which would end this process: every rank says why it stopped.
     `what` happens on one rank as its step or evaluation with `at` steps taken begins.
     """
-    from unidec_ds.cli import exit_with_message
     from unidec_ds.config import load_recipe
+    from unidec_ds.exits import exit_with_message
     from unidec_ds.job import prepare_job, run_job
     from unidec_ds.trainer import Trainer
 

@@ -9,8 +9,8 @@ import pytest
 from data.raw_corpora import random_content, write_renee
 from tiny import DS_CONFIG, make_inputs, write_recipe_file
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.config import load_recipe
+from unidec_ds.exits import exit_with_message
 from unidec_ds.job import prepare_job
 
 

@@ -11,7 +11,7 @@ from ranks import free_port
 RANK = """
 import json, os, signal, sys, time
 from unidec_ds import lifeline
-from unidec_ds.cli import exit_with_message
+from unidec_ds.exits import exit_with_message
 
 lifeline.LEAVE_WITHIN_S = 3.0
 line = lifeline.Lifeline.of_launch()

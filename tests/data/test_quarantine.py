@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from raw_corpora import WRITERS, random_content, save_tokenizer
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.data.prepare import prepare
 from unidec_ds.errors import CorpusError, UserError
+from unidec_ds.exits import exit_with_message
 
 LAYOUTS = ["xmc", "renee", "dexml", "jsonl"]
 LABELS = {"xmc": "lbl.json", "renee": "Y.txt", "dexml": "raw/Y.txt", "jsonl": "labels.jsonl"}

@@ -18,9 +18,10 @@ from tiny import make_inputs
 
 import unidec_ds
 from unidec_ds.assembly import load_run
-from unidec_ds.cli import _parser, exit_with_message
+from unidec_ds.cli import _parser
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import UserError
+from unidec_ds.exits import exit_with_message
 from unidec_ds.export import formats as module
 from unidec_ds.export.formats import ExportConfig, export_run
 from unidec_ds.export.labels import ExportLabels

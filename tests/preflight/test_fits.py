@@ -9,10 +9,10 @@ import pytest
 from tiny import make_inputs, write_recipe_file
 from transformers import BertModel
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.config import load_recipe
 from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import load_ds_config
+from unidec_ds.exits import exit_with_message
 from unidec_ds.job import prepare_job
 from unidec_ds.preflight import fits
 from unidec_ds.preflight.memory import peak_bytes

@@ -11,9 +11,9 @@ from ranks import run_ranks
 from tiny import DS_CONFIG, bert_config, make_encoder, make_inputs, write_recipe_file
 from training import train
 
-from unidec_ds.cli import exit_with_message
 from unidec_ds.config import load_recipe
 from unidec_ds.ds_config import load_ds_config
+from unidec_ds.exits import exit_with_message
 from unidec_ds.metrics import KS
 from unidec_ds.monitor import Monitor
 from unidec_ds.report.page import write_report

@@ -12,10 +12,10 @@ from torch.nn.functional import normalize
 
 import unidec_ds
 from unidec_ds.assembly import load_run
-from unidec_ds.cli import exit_with_message
 from unidec_ds.data.label_digests import write_label_digests
 from unidec_ds.embedding import embed
 from unidec_ds.errors import CorpusError
+from unidec_ds.exits import exit_with_message
 from unidec_ds.index import IndexConfig
 from unidec_ds.serving import new_labels as module
 from unidec_ds.serving.label_vectors import label_vectors

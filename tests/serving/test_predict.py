@@ -17,9 +17,9 @@ from tiny import make_inputs
 
 import unidec_ds
 from unidec_ds.assembly import load_run
-from unidec_ds.cli import exit_with_message
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import evaluate
+from unidec_ds.exits import exit_with_message
 from unidec_ds.index import IndexConfig
 from unidec_ds.serving.console import answer_lines, check_files
 

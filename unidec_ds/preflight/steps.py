@@ -19,11 +19,11 @@ from statistics import median
 from time import perf_counter
 
 from unidec_ds.batch import Batch, make_batch
-from unidec_ds.cli import exit_with_message
 from unidec_ds.config import Recipe, load_recipe
 from unidec_ds.data.prefetch import Prefetcher
 from unidec_ds.embedding import BLOCK, embed
 from unidec_ds.engine import start_engine
+from unidec_ds.exits import exit_with_message
 from unidec_ds.job import prepare_job
 from unidec_ds.monitor import StepTimer
 from unidec_ds.preflight.measure import Measured
