@@ -50,6 +50,19 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_launchers_ignore_for_us_is_noted():
+    """launch.sh ignores SLURM's warning for itself and the launcher; the ranks inherit that."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            requests.exchange([], CPU)
+            assert requests.agreed == ("SIGUSR1",)
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_another_thread_than_the_main_one_listens_to_nothing():
     before, requests = signal.getsignal(signal.SIGTERM), StopRequests()
     thread = threading.Thread(target=requests.__enter__)

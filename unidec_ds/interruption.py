@@ -40,8 +40,9 @@ REPEAT_S = 5.0
 class StopRequests:
     """The requests to stop that came to any rank. Listens while it is entered.
 
-    Signals that are ignored at that time (SIGHUP under `nohup`) stay ignored. In another thread
-    than the main one nothing can listen, and the signals keep their effect.
+    Signals that are ignored at that time (SIGHUP under `nohup`) stay ignored, save for SIGUSR1, which
+    `launch.sh` ignores for the launchers between it and the ranks. In another thread than the main
+    one nothing can listen, and the signals keep their effect.
 
     Attributes:
         agreed: names of the signals that any rank had noted at the last `exchange`, the same on
@@ -76,7 +77,8 @@ class StopRequests:
         self._wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False), writer
         threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True).start()
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not is_ignored or number == getattr(signal, "SIGUSR1", None):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
