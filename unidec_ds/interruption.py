@@ -40,9 +40,9 @@ REPEAT_S = 5.0
 class StopRequests:
     """The requests to stop that came to any rank. Listens while it is entered.
 
-    Signals that are ignored at that time (SIGHUP under `nohup`) stay ignored, save for SIGUSR1, which
-    `launch.sh` ignores for the launchers between it and the ranks. In another thread than the main
-    one nothing can listen, and the signals keep their effect.
+    Signals that are ignored at that time (SIGHUP under `nohup`) stay ignored, save for SIGUSR1,
+    which `launch.sh` ignores for the launchers between it and the ranks. In another thread than the
+    main one nothing can listen, and the signals keep their effect.
 
     Attributes:
         agreed: names of the signals that any rank had noted at the last `exchange`, the same on
