@@ -26,8 +26,17 @@ with interruption.StopRequests():
 """
 
 
+@pytest.fixture
+def heeded():
+    """Signals with their usual effect, also under `nohup` or in the background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in interruption.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", interruption.SIGNALS, ids=lambda number: number.name)
-def test_a_signal_is_noted_and_its_handler_is_put_back(number, capfd):
+def test_a_signal_is_noted_and_its_handler_is_put_back(number, heeded, capfd):
     before = signal.getsignal(number)
     with StopRequests() as requests:
         assert requests.exchange([False], CPU) == [False]

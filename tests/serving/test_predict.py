@@ -376,6 +376,8 @@ def terminal(run):
         [COMMAND, "predict", str(run), "--k", "2"],
         stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True,
         env={**os.environ, "TERM": "dumb"},
+        # Where the tests run in the background, it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(theirs)
     try:
