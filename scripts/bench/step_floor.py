@@ -16,7 +16,8 @@ and recompute, and nothing else. The two alternate in one process; figures are m
   products are given apart.
 
 Parts, in seconds a step: `wait_for_batch`, `gather`, `rows` and `loss` (forward) as the trainer
-itself times them. `loss_backward` ends when the gradient of the last embedding is there.
+itself times them. `loss_backward` ends when autograd turns to the first embedding: all their
+gradients are there by then, and what follows is the heads' own backward pass.
 `encoder_forward` and `encoder_backward` are the bare encoder's; `forward_rest` and `backward_rest`
 are what the trainer's forward and the rest of its backward take beyond them: the heads and ZeRO's
 hooks, and, being differences of large numbers, the noise of the machine. `engine_update` clips and
@@ -89,12 +90,16 @@ class Stopwatch:
         setattr(owner, method, timed)
 
     def watch_loss_backward(self, engine: Engine) -> None:
-        """Times the backward pass from its begin to the last embedding's gradient."""
+        """Times the backward pass from its begin to where it reaches the first embedding.
+
+        Autograd goes back in the order in which things were made, so the loss and the gathering of
+        the queries are behind it there, and no head has begun.
+        """
         forward, backward = engine.forward, engine.backward
         begun = 0.0
 
         def note(_: Tensor) -> None:
-            self.now["loss_backward"] = time.perf_counter() - begun
+            self.now.setdefault("loss_backward", time.perf_counter() - begun)
 
         def watched_forward(*args: Any) -> Any:
             embeddings = forward(*args)
