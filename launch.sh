@@ -250,8 +250,11 @@ say "${command[*]}"
 # of them get the signal that ends this script.
 set -m
 "${command[@]}" &
-trap 'kill -TERM -- "-$!" 2>/dev/null' INT TERM HUP
+group=$!
+trap 'kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
 code=0
-wait "$!" || code=$?
-if ((code > 128)); then wait; fi # for the ranks to end
+wait "$group" || code=$?
+if ((code > 128)); then # the launcher may be gone before its ranks have saved
+  while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+fi
 exit "$code"
