@@ -23,9 +23,11 @@ from data.raw_corpora import (
     write_xmc,
 )
 from safetensors.torch import save_file
-from tiny import recipe_text
+from saved_run import save_run
+from tiny import make_inputs, recipe_text
 
 from unidec_ds import checkpoint
+from unidec_ds.assembly import load_run
 from unidec_ds.config import load_recipe
 from unidec_ds.data.corpus import open_corpus
 from unidec_ds.data.files import read_lines, shorten
@@ -37,7 +39,7 @@ from unidec_ds.ds_config import load_ds_config
 from unidec_ds.errors import CheckpointError, ConfigError, CorpusError, UserError
 from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest, rows_file
 from unidec_ds.mining.mined import MiningSeconds, MiningTexts, open_mined, write_mined
-from unidec_ds.run import read_json
+from unidec_ds.run import describe_run, read_json
 
 
 def read_queries(folder, num_labels=23):
@@ -442,3 +444,15 @@ def test_arrays_of_the_right_size_and_the_wrong_content(copy):
     np.save(path, indptr)
     with pytest.raises(CorpusError, match=r"corpus\.json:1: .* damaged"):
         open_corpus(copy)
+
+
+def test_a_manifest_without_details_ended_in_a_traceback(tmp_path):
+    inputs = make_inputs(tmp_path)
+    run = save_run(inputs)
+    path = checkpoint.latest(run) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["corpus_fingerprint"], manifest["total_steps"]
+    path.write_text(json.dumps(manifest))
+    assert "step 1 of ?" in describe_run(run)
+    with pytest.raises(UserError, match="corpus"):
+        load_run(run, torch.device("cpu"))

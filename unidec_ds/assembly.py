@@ -234,9 +234,10 @@ def load_run(
     recipe = load_recipe(str(folder / "config.yaml"), overrides)
     opened = resolve_corpus(recipe.corpus, recipe.encoder.name, recipe.encoder.max_length)
     manifest = read_manifest(chosen)
-    if manifest["corpus_fingerprint"] != opened.fingerprint:
+    trained_on = manifest.get("corpus_fingerprint", "(unknown)")
+    if trained_on != opened.fingerprint:
         raise CheckpointError(
-            f"{chosen} was trained on the corpus {manifest['corpus_fingerprint'][:16]}, but "
+            f"{chosen} was trained on the corpus {trained_on[:16]}, but "
             f"{opened.path} is {opened.fingerprint[:16]}: its files, tokenizer or text option "
             "have changed since; give the corpus of the run with --corpus"
         )

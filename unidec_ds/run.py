@@ -127,7 +127,7 @@ def finished_report(run: Path, resume_from: Path | None) -> str | None:
         return None
     manifest = read_manifest(resume_from)
     evaluated = read_json(run / EVALUATION).get("details", {}).get("step")
-    if not manifest["step"] == manifest["total_steps"] == evaluated:
+    if not manifest["step"] == manifest.get("total_steps") == evaluated:
         return None
     return (run / REPORT).read_text(encoding="utf-8")
 
@@ -258,7 +258,7 @@ def describe_run(run: Path) -> str:
         )
     if newest is not None:
         manifest = read_manifest(newest)
-        total = manifest["total_steps"]
+        total = manifest.get("total_steps", "?")
         lines.append(f"step {manifest['step']} of {total}, {newest}")
     content = read_json(run / EVALUATION)
     for split in ("test", "validation"):

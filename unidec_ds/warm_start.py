@@ -195,7 +195,7 @@ def plan_warm_start(source: Path, recipe: Recipe, corpus: Corpus) -> WarmStart:
     is_new = source_rows < 0
     matched = int((~is_new).sum())
     same_split = (
-        manifest["corpus_fingerprint"] == corpus.fingerprint
+        manifest.get("corpus_fingerprint") == corpus.fingerprint
         and source_recipe.corpus.validation_fraction == recipe.corpus.validation_fraction
         and source_recipe.train.seed == recipe.train.seed
     )
@@ -292,7 +292,7 @@ def _label_digests_of(source: Path, recipe: Recipe, manifest: dict[str, Any]) ->
         assert len(digests) == manifest["num_labels"], "digests of another corpus"
         return digests
     corpus = resolve_corpus(recipe.corpus, recipe.encoder.name, recipe.encoder.max_length)
-    if corpus.fingerprint != manifest["corpus_fingerprint"]:
+    if corpus.fingerprint != manifest.get("corpus_fingerprint"):
         raise CheckpointError(
             f"--init_from: {source} has no {LABEL_DIGESTS}, and its corpus {corpus.path} has "
             "changed since: which label a row belongs to is not known. Put the corpus back as it "
