@@ -10,7 +10,10 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
-SHARED = {"results", "stages", "classifiers", "collectives", "dense_offload", "rival_costs"}
+SHARED = {
+    "results", "stages", "classifiers", "collectives", "dense_offload", "rival_costs", "rival_runs",
+    "scale_stages",
+}  # fmt: skip
 NAMES = sorted(path.stem for path in BENCH.glob("*.py") if path.stem not in SHARED)
 
 

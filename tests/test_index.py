@@ -168,10 +168,15 @@ def test_an_index_of_something_else_is_refused(index, tmp_path, change, needed):
         open_index(tmp_path / given["name"], given["kind"], given["config"], given["record"])
 
 
-def test_search_settings_may_change_after_building(index, tmp_path):
+def test_search_settings_may_change_after_building(index, vectors, queries, tmp_path):
     path = tmp_path / "labels.faiss"
     index.save(path, RECORD)
-    open_index(path, index.kind, IndexConfig(probes=7, search_depth=9), RECORD)
+    _, exact = exact_search(queries, torch.from_numpy(vectors), 10)
+    settings = (IndexConfig(probes=1, search_depth=10), IndexConfig(probes=10**6, search_depth=500))
+    opened = [open_index(path, index.kind, config, RECORD) for config in settings]
+    shallow, deep = (recall(i.search(queries, 10, vectors)[1], exact) for i in opened)
+    assert shallow <= deep
+    assert deep > 0.99
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "no record"])
