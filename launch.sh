@@ -251,10 +251,13 @@ say "${command[*]}"
 set -m
 "${command[@]}" &
 group=$!
-trap 'kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
+is_asked=
+trap 'is_asked=yes; kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
 code=0
 wait "$group" || code=$?
-if ((code > 128)); then # the launcher may be gone before its ranks have saved
+if [ -n "$is_asked" ]; then # the launcher may be gone before its ranks have saved
   while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+  code=0
+  wait "$group" || code=$? # the command's own; the first wait ended with the signal
 fi
 exit "$code"

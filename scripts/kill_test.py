@@ -112,6 +112,7 @@ def live(rank: int, world_size: int, port: int, inputs: Path, run: Path, life: P
 
     from unidec_ds import job
     from unidec_ds.config import load_recipe
+    from unidec_ds.lifeline import Lifeline
     from unidec_ds.mining.miner import Miner
     from unidec_ds.saver import Saver
     from unidec_ds.trainer import Trainer
@@ -150,12 +151,16 @@ def live(rank: int, world_size: int, port: int, inputs: Path, run: Path, life: P
 
     Trainer.fit = fit  # type: ignore[method-assign]
 
+    lifeline = Lifeline.of_launch()
+
     def main() -> None:
         recipe = load_recipe(str(inputs / "recipe.yaml"))
-        job.run_job(job.prepare_job(recipe, inputs / "ds_config.json", run, "auto"))
+        lifeline.open()
+        ds_config = inputs / "ds_config.json"
+        job.run_job(job.prepare_job(recipe, ds_config, run, "auto", lifeline=lifeline), lifeline)
 
     begin = time.perf_counter()
-    code = exit_with_message(main)
+    code = exit_with_message(main, lifeline)
     if rank == 0:
         seconds["start"], seconds["start calls"] = time.perf_counter() - begin, 10
         (life / "seconds.json").write_text(json.dumps(seconds))
@@ -227,7 +232,12 @@ class Arena:
         if len(victims) < self._world_size:
             self.outcome.single += 1
             codes = _join(ranks, NOTICE_S)
-            self.outcome.noticed += None not in codes and codes.count(0) == 0
+            if None in codes or 0 in codes:
+                self.outcome.faults.append(
+                    f"{life.name}: one rank was killed, all left with {codes}"
+                )
+            else:
+                self.outcome.noticed += 1
         for process in ranks:
             process.kill()
             process.join()

@@ -46,7 +46,7 @@ def check_agreement(
     corpus: Corpus,
     resume_from: Path | None,
 ) -> None:
-    """Compares what the ranks have found; makes the run directory.
+    """Compares what the ranks have found; leaves no run directory behind.
 
     Raises:
         UserError: on every rank alike, with all differences, where they are and what to do.

@@ -177,13 +177,14 @@ class SavedRows:
 
     Args:
         folder: a complete checkpoint, written at any world size.
+        verify: read its files through and compare their checksums first.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
         manifest = read_manifest(folder)
         self._world_size = int(manifest["world_size"])
         self._shards = [
-            load_tensors(folder, manifest, rows_file(rank, self._world_size))
+            load_tensors(folder, manifest, rows_file(rank, self._world_size), verify=verify)
             for rank in range(self._world_size)
         ]
         self._width = int(manifest["width"])

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
 
 from unidec_ds import comm
@@ -131,7 +130,8 @@ class Save:
         details: Mapping[str, Any],
     ) -> None:
         self._run, self.step, self._keep = run, step, keep
-        self._encoder_tensors, self._snapshot = encoder_tensors, table.snapshot()
+        self._encoder_tensors = encoder_tensors if comm.is_main() else {}
+        self._snapshot = table.snapshot()
         self._manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -182,7 +182,7 @@ class Save:
         done, fault = [], ""
         try:
             done.append(work())
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             fault = f"rank {comm.rank()}: {error}"
         outcomes = comm.gather_objects((done, fault))
         faults = [fault for _, fault in outcomes if fault]
@@ -197,10 +197,14 @@ class Save:
         return [result for done, _ in outcomes for result in done]
 
 
-def write_best(run: Path, step: int, metric: str, value: float) -> None:
-    """Notes that the checkpoint of `step` is the best so far; for one rank to call."""
+def write_best(run: Path, step: int, metric: str, value: float, *, keep: int) -> None:
+    """Notes that the checkpoint of `step`, the newest, is the best so far; removes the one before.
+
+    For one rank to call.
+    """
     best = Best(place(run, step).name, step, metric, value)
-    write_text(run / "checkpoints" / _BEST, json.dumps(asdict(best)))
+    write_text(run / "checkpoints" / _BEST, json.dumps(asdict(best)) + "\n")
+    _prune(run / "checkpoints", step, keep)
 
 
 def best(run: Path) -> Best | None:
@@ -216,7 +220,7 @@ def best(run: Path) -> Best | None:
 def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int) -> None:
     """Gives a checkpoint whose files are written its manifest and its name; removes old ones."""
     checkpoints = final.parent
-    write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
+    write_text(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     sync_folder(partial)
     replaced = final.with_name(f"{final.name}.replaced")
     if (final / MANIFEST).is_file():  # the same step again, after a resume
@@ -225,10 +229,14 @@ def _publish(partial: Path, final: Path, manifest: Mapping[str, Any], keep: int)
     else:
         shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    write_text(checkpoints / _LATEST, final.name)
+    write_text(checkpoints / _LATEST, final.name + "\n")
     sync_folder(checkpoints)
+    _prune(checkpoints, manifest["step"], keep)
+
+
+def _prune(checkpoints: Path, step: int, keep: int) -> None:
+    """Removes all but the best checkpoint and the newest of those up to `step`."""
     saved = _complete(checkpoints)
-    step = manifest["step"]
     newest = sorted(other for other in saved if other <= step)[-keep:]
     spared = {saved[other] for other in newest}
     noted = best(checkpoints.parent)

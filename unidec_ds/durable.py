@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 _HASH_BLOCK_BYTES = 1 << 24
@@ -22,10 +21,8 @@ _DTYPES = {
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Writes a safetensors file and syncs it; returns its size and SHA-256 for a manifest."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return stream_tensors(path, shapes, (tensor.contiguous() for tensor in tensors.values()))
 
 
 def stream_tensors(
@@ -33,7 +30,7 @@ def stream_tensors(
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     blocks: Iterable[Tensor],
 ) -> dict[str, Any]:
-    """Writes a safetensors file block by block, as `write_tensors` does in one piece.
+    """Writes a safetensors file block by block; returns what `write_tensors` does.
 
     Args:
         path: where.
@@ -64,11 +61,11 @@ def stream_tensors(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a line of text beside and renames it, so that readers see the old file or the new."""
+    """Writes text beside and renames it, so that readers see the old file or the new one."""
     beside = path.with_name(path.name + ".new")
     try:
         with beside.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         beside.rename(path)

@@ -89,6 +89,8 @@ class StopRequests:
         traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
+            if handler is signal.SIG_IGN:  # SIGUSR1: all is saved, the warning ends what is left
+                handler = signal.SIG_DFL
             signal.signal(number, handler)
         self._before = {}
         if self._wakeup is not None:
@@ -99,9 +101,8 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted.add(number)
-        if number == getattr(
-            signal, "SIGHUP", None
-        ):  # a terminal that is gone cannot be written to
+        # A terminal that is gone cannot be written to.
+        if number == getattr(signal, "SIGHUP", None):
             for terminal in self._terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
             self._terminals = []

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from unidec_ds import comm
+from unidec_ds.durable import write_text
 from unidec_ds.metrics import FrequencyBin
 from unidec_ds.report.charts import frequency_image
 
@@ -240,7 +241,5 @@ def _keep_steps_before(path: Path, first_step: int) -> list[dict[str, Any]]:
             break
         if record["step"] < first_step or (record["step"] == first_step and "loss" not in record):
             kept.append(record)
-    beside = path.with_suffix(".jsonl.new")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    beside.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return [record for record in kept if record["step"] == first_step]

@@ -31,6 +31,7 @@ from typing import Any
 from unidec_ds import checkpoint, comm
 from unidec_ds.config import Recipe, load_recipe, write_recipe
 from unidec_ds.ds_config import DsConfig
+from unidec_ds.durable import write_text
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.evaluation import Evaluation, format_table
 from unidec_ds.manifest import has_all_files, read_manifest
@@ -193,10 +194,8 @@ def write_evaluation(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON beside and renames it, so that readers see the old file or the new one."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Writes JSON; readers see the old file or the new one."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -119,4 +119,4 @@ class Saver:
             return
         self.save(step)
         if comm.is_main():
-            checkpoint.write_best(self._run, step, metric, value)
+            checkpoint.write_best(self._run, step, metric, value, keep=self._config.keep)

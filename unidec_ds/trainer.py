@@ -1,6 +1,6 @@
 """Trains UniDEC; the only file that knows the order of things.
 
-`Trainer.train_step` is the method in about twenty lines; each names the module to open next.
+`Trainer.train_step` is the method from top to bottom; its parts name the module to open next.
 Every rank makes the same plan without talking, encodes its own queries and the texts of the pool
 labels it owns, and updates the classifier rows it owns; what is communicated per step is the query
 embeddings and a few floats per query, whatever the pool and the number of labels.

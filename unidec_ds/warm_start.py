@@ -87,9 +87,17 @@ class WarmStart:
         return "\n".join(lines)
 
     def load_model(self, engine: Engine) -> None:
-        """Sets encoder and heads; moments stay zero. Collectives: those of `Engine.load_state`."""
+        """Reads all of the checkpoint through, sets encoder and heads; moments stay zero.
+
+        Raises:
+            CheckpointError: on every rank; a file is damaged.
+
+        Collectives: those of `checkpoint.find_damage` and `Engine.load_state`.
+        """
+        if fault := checkpoint.find_damage(self.checkpoint):
+            raise CheckpointError(f"--init_from: {fault}")
         manifest = read_manifest(self.checkpoint)
-        tensors = load_tensors(self.checkpoint, manifest, ENCODER_FILE)
+        tensors = load_tensors(self.checkpoint, manifest, ENCODER_FILE, verify=False)
         engine.load_state(tensors, num_updates=0)
 
     def fill_rows(
@@ -118,7 +126,7 @@ class WarmStart:
 
     def _copy_rows(self, table: ClassifierTable, device: torch.device) -> float:
         """Copies the matched rows that this rank owns; returns the mean length of all of them."""
-        saved, sums = SavedRows(self.checkpoint), torch.zeros(2, dtype=torch.float64)
+        saved, sums = SavedRows(self.checkpoint, verify=False), torch.zeros(2, dtype=torch.float64)
         for start, end in fixed_blocks(table.num_rows, _COPY_ROWS):
             label_ids = partition.label_ids(np.arange(start, end), table.rank, table.world_size)
             source_rows = self.source_rows[label_ids]
