@@ -180,13 +180,14 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     for step, score in ((3, 40.0), (5, 39.0), (9, 38.0)):
         save(tmp_path, step, keep=1)
         if checkpoint.best(tmp_path) is None or score > checkpoint.best(tmp_path).value:
-            checkpoint.write_best(tmp_path, step, "unified P@1", score)
+            checkpoint.write_best(tmp_path, step, "unified P@1", score, keep=1)
     assert checkpoint.kept_steps(tmp_path) == [3, 9]
     best = checkpoint.best(tmp_path)
     assert (best.name, best.step, best.value) == ("step_00000003", 3, 40.0)
     assert checkpoint.choose(tmp_path, "best").name == "step_00000003"
     assert checkpoint.choose(tmp_path, "latest").name == "step_00000009"
-    checkpoint.write_best(tmp_path, 9, "unified P@1", 41.0)
+    checkpoint.write_best(tmp_path, 9, "unified P@1", 41.0, keep=1)
+    assert checkpoint.kept_steps(tmp_path) == [9]  # the best before it is not kept any longer
     save(tmp_path, 12, keep=1)
     assert checkpoint.kept_steps(tmp_path) == [9, 12]
 
