@@ -239,6 +239,8 @@ def main() -> int:
     if unknown := set(args.target or ()) - set(TARGETS):
         parser.error(f"--target {unknown.pop()}: needs one of {', '.join(TARGETS)}")
     targets = [TARGETS[name] for name in args.target or TARGETS]
+    if args.input and len(targets) != 1:
+        parser.error("--input needs the one --target that it is an input of")
     if args.input:
         with tempfile.TemporaryDirectory() as folder:
             print("accepted" if run_one(targets[0], args.input.read_bytes(), Path(folder)) else

@@ -305,6 +305,15 @@ def test_rows_are_copied_by_torch_where_c_does_not_compile(
         assert native_library.__wrapped__() is None
 
 
+def test_rows_are_copied_by_torch_where_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "folder"))
+    with pytest.warns(UserWarning, match="could not be compiled"):
+        assert native_library.__wrapped__() is None
+
+
 def test_initial_rows_are_xavier_uniform() -> None:
     rows = xavier_rows(np.arange(3000), 3000, 96, seed=1)
     bound = (6 / (3000 + 96)) ** 0.5

@@ -138,6 +138,25 @@ def test_a_query_of_an_unknown_label_is_put_aside(tmp_path, encoder):
     assert corpus.queries["train"].uids(np.array([6, 7])) == ["6", "8"]
 
 
+def test_a_split_may_lose_all_its_queries(tmp_path, encoder):
+    content = random_content()
+    num_queries = len(content.targets["test"])
+    content.targets["test"] = [[999]] * num_queries
+    WRITERS["jsonl"](tmp_path / "raw", content)
+    corpus = make(tmp_path, encoder)
+    assert len(corpus.queries["test"]) == corpus.positives["test"].num_rows == 0
+    assert len(put_aside(tmp_path)) == num_queries
+
+
+@pytest.mark.parametrize("quarantine", ["bad.jsonl", None])
+def test_a_bad_header_is_a_matter_of_the_file(quarantine, tmp_path, encoder):
+    WRITERS["renee"](tmp_path / "raw", random_content())
+    spoil(tmp_path / "raw" / "trn_X_Y.txt", [0], b"caf\xe9")
+    with pytest.raises(CorpusError, match=r"trn_X_Y.txt:1: found .*needed the header") as error:
+        make(tmp_path, encoder, quarantine)
+    assert "quarantine" not in str(error.value)
+
+
 def test_without_a_quarantine_the_first_bad_line_is_an_error_also_after_one(tmp_path, encoder):
     WRITERS["xmc"](tmp_path / "raw", random_content())
     clean = make(tmp_path, encoder, quarantine=None, out="clean")

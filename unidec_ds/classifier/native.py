@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import tempfile
 import warnings
@@ -18,7 +19,8 @@ from pathlib import Path
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("rows.c")
-_FLAGS = ("-O3", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
+# Without contraction: a fused multiply-add, where there is one, would round otherwise.
+_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 _LONG, _FLOAT, _POINTER = ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
 
@@ -41,10 +43,10 @@ def native_library() -> ctypes.CDLL | None:
     """
     from torch.utils.cpp_extension import _get_build_directory
 
-    source = _SOURCE.read_text(encoding="utf-8")
-    name = f"rows_{sha256(source.encode()).hexdigest()[:16]}.so"
-    folder = Path(_get_build_directory("unidec_ds_rows", verbose=False))
+    made_from = "\0".join([platform.machine(), *_FLAGS, _SOURCE.read_text(encoding="utf-8")])
+    name = f"rows_{sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
+        folder = Path(_get_build_directory("unidec_ds_rows", verbose=False))
         if not (folder / name).exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 built = Path(scratch) / name

@@ -12,7 +12,11 @@
 #endif
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else /* knows no levels of x86-64 in this attribute */
+#define VECTORISED __attribute__((target_clones("avx2", "default")))
+#endif
 #else
 #define VECTORISED
 #endif

@@ -49,7 +49,7 @@ class Snapshot:
         """Keeps rows that are about to change. For the thread that changes them.
 
         Args:
-            index: int64 [n], which rows, without repetition.
+            index: int64 [n], which rows, ascending, without repetition.
         """
         with self._lock:
             if not self._unread:
@@ -82,8 +82,7 @@ class Snapshot:
         with self._lock:
             block = self._columns[name][start:end].clone()
             for rows, kept in self._preserved:
-                inside = np.flatnonzero((rows >= start) & (rows < end))
-                if len(inside):
-                    places = torch.from_numpy(rows[inside] - start)
-                    block.index_copy_(0, places, kept[name][torch.from_numpy(inside)])
+                inside = slice(*np.searchsorted(rows, (start, end)).tolist())
+                places = torch.from_numpy(rows[inside] - start)
+                block.index_copy_(0, places, kept[name][inside])
             return block

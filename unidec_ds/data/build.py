@@ -170,11 +170,10 @@ class _Builder:
         num_labels = self._tables["labels"]["labels"]
         records = self._raw.queries(split, num_labels, self._on_fault)
         for batch in _batches(_present(records, left_out)):
-            yield (
-                self._resolve(split, batch, labels, left_out)
-                if (self._raw.targets_are_uids)
-                else batch
-            )
+            if self._raw.targets_are_uids:
+                batch = self._resolve(split, batch, labels, left_out)
+            if batch:  # all of it may have been put aside
+                yield batch
 
     def _resolve(
         self, split: str, batch: list[Record], labels: UidDigests, left_out: list[int]
@@ -243,7 +242,7 @@ class _Builder:
         length_counts = np.zeros(limit + 1, np.int64)
         progress = tqdm(
             desc=f"{self._manifest['name']} {name}",
-            total=self._raw.count(name),
+            total=self._raw.count(name) if self._bar else None,
             unit=" texts",
             disable=not self._bar,
             mininterval=0.5,

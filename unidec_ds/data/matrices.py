@@ -82,7 +82,7 @@ class SparseMatrixFile:
 
     def _header(self) -> tuple[int, int]:
         _, raw = next(raw_lines(self.path), (1, b""))
-        header = decode_line(raw, self.path, 1)
+        header = raw.decode("utf-8", "backslashreplace")  # what is not ASCII is refused below
         try:
             num_rows, num_columns = _integers(header)
             if num_rows < 0 or not 0 <= num_columns <= MAX_COLUMNS:

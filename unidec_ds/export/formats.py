@@ -148,9 +148,9 @@ def _labels(
     run: LoadedRun, config: ExportConfig, view: SearchView, show_progress: bool
 ) -> ExportLabels:
     own = label_vectors(run, view, show_progress=show_progress)
-    if config.new_labels is None:
-        return ExportLabels(run.corpus, own)
-    new = open_new_labels(run, view, config.new_labels, show_progress=show_progress)
+    new = None
+    if config.new_labels is not None:
+        new = open_new_labels(run, view, config.new_labels, show_progress=show_progress)
     return ExportLabels(run.corpus, own, new)
 
 
