@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,3 +150,9 @@ MINED = {
     "texts": {"encoded": 3, "reused": 0},
     "recall": 1.0,
 }
+
+
+def put(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes files into a folder."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
