@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,13 @@ from unidec_ds.monitor import Monitor, StepTimer, host_memory_gib
 
 def record(step):
     return {"step": step, "epoch": 0, "loss": 1.0 / (step + 1), "lr": 0.1, "time_s": {"loss": 0.5}}
+
+
+def resumed(folder, first_step, total_steps):
+    """A monitor begun in a later second: TensorBoard reads event files by the second in their name,
+    and those of one second and one process in no useful order (the 10th before the 9th)."""
+    time.sleep(1.0 - time.time() % 1.0)
+    return Monitor(folder, first_step, total_steps)
 
 
 def lines(folder):
@@ -87,7 +95,7 @@ def test_a_resumed_run_continues_without_gap_or_duplicate(tmp_path):
     monitor.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
-    monitor = Monitor(tmp_path, 3, 6)
+    monitor = resumed(tmp_path, 3, 6)
     for step in range(3, 6):
         monitor.log_step(record(step))
     monitor.close()
@@ -114,13 +122,13 @@ def test_what_was_logged_between_two_steps_survives_a_resume_and_is_not_logged_t
     for step in (3, 4):
         monitor.log_step(record(step))
     monitor.close()
-    resumed = Monitor(tmp_path, 3, 6)
-    assert resumed.has_evaluation(3, 0, "validation")
-    assert not resumed.has_evaluation(3, 1, "validation")
-    between(resumed, 11.0)
+    monitor = resumed(tmp_path, 3, 6)
+    assert monitor.has_evaluation(3, 0, "validation")
+    assert not monitor.has_evaluation(3, 1, "validation")
+    between(monitor, 11.0)
     for step in range(3, 6):
-        resumed.log_step(record(step))
-    resumed.close()
+        monitor.log_step(record(step))
+    monitor.close()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3, 3, 3, 4, 5]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss/loss")] == list(range(6))
@@ -131,7 +139,7 @@ def test_what_was_logged_between_two_steps_survives_a_resume_and_is_not_logged_t
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over_cleanly(tmp_path):
     for _ in range(2):
-        monitor = Monitor(tmp_path, 0, 3)
+        monitor = resumed(tmp_path, 0, 3)
         for step in range(3):
             monitor.log_step(record(step))
         monitor.close()
