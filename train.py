@@ -60,10 +60,11 @@ def main(args: argparse.Namespace, lifeline: Lifeline) -> None:
         raise UserError(f"--timeout_minutes: found {args.timeout_minutes:g}; needs more than 0")
     overrides = [*args.set, *([f"corpus.path={args.corpus}"] if args.corpus else [])]
     recipe = load_recipe(args.recipe, overrides)
-    run = args.output or Path("runs") / Path(args.recipe).name.removesuffix(".yaml")
 
     from unidec_ds.job import prepare_job, run_job  # heavy imports after the recipe is known good
+    from unidec_ds.run import default_run
 
+    run = args.output or default_run(args.recipe)
     lifeline.open(timedelta(minutes=args.timeout_minutes))
     job = prepare_job(recipe, args.ds_config, run, args.resume, args.init_from, lifeline)
     run_job(job, lifeline)

@@ -125,7 +125,7 @@ def take_steps(name: str, ds_config: Path, work: Path, steps: int) -> None:
     untouched = np.setdiff1d(np.arange(job.corpus.num_labels), touched)[:UNTOUCHED]
     before_RD, untouched_RD = table.read(touched), table.read(untouched)
     losses, seconds, copied = [], [], []
-    with Prefetcher(trainer._make_batch, 0, steps) as batches:
+    with Prefetcher(trainer.make_batch, 0, steps) as batches:
         for _ in range(steps):
             timer = StepTimer(device, synchronize=True)
             with timer.part("wait_for_batch"):

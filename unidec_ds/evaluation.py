@@ -72,6 +72,10 @@ class EvaluationConfig(Settings):
     """Labels whose DE vectors go to TensorBoard's projector after training, a seeded sample; 0 =
     none. Costs some 8 bytes of disk per label and dimension."""
 
+    def sampled(self, num_queries: int) -> int:
+        """Returns how many of these queries an evaluation takes."""
+        return min(num_queries, self.max_queries or num_queries)
+
 
 class RowSource(Protocol):
     """Where classifier rows are read from: the table in training, or a checkpoint."""

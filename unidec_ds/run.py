@@ -51,6 +51,11 @@ _FREE_KEYS = ("corpus.path", "corpus.prepared_dir", "corpus.quarantine", "train.
               "classifier.prefetch_rows")  # fmt: skip
 
 
+def default_run(recipe: str) -> Path:
+    """Returns the run directory of a recipe, given by name or by file, unless one is asked for."""
+    return Path("runs") / Path(recipe).name.removesuffix(".yaml")
+
+
 def choose_checkpoint(run: Path, resume: str | None, recipe: Recipe) -> Path | None:
     """Returns the checkpoint to start from, None for a new run; changes nothing.
 

@@ -144,7 +144,7 @@ class Trainer:
                 self.planner = self.miner.refresh(self.planner, epoch, self.step)
                 self._stop_if_asked()
                 epoch_end = min((epoch + 1) * self.planner.steps_per_epoch, self.total_steps)
-                with Prefetcher(self._make_batch, self.step, epoch_end) as batches:
+                with Prefetcher(self.make_batch, self.step, epoch_end) as batches:
                     for _ in range(self.step, epoch_end):
                         self._step(batches)
                 self.saver.finish()
@@ -212,7 +212,8 @@ class Trainer:
 
     # ------------------------------------------------------------------ parts of a step
 
-    def _make_batch(self, step: int) -> Batch:
+    def make_batch(self, step: int) -> Batch:
+        """Returns this rank's share of a step, with what was mined last; in any thread."""
         return make_batch(
             self.planner.plan(step),
             self.corpus,

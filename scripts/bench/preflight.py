@@ -23,15 +23,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import results
+from stages import apart, memory_bytes
 
 sys.path.insert(0, str(results.ROOT / "scripts"))
 
@@ -45,7 +44,10 @@ SIZES = {
     "large_table": Sizes(60_000, 2_000, 300_000, 5.0),
     "mining": Sizes(20_000, 2_000, 40_000, 5.0),
 }
-QUICK_SIZES = {"mining": Sizes(4_000, 500, 8_000, 5.0)}
+QUICK_SIZES = {
+    "large_table": Sizes(4_000, 500, 30_000, 5.0),
+    "mining": Sizes(4_000, 500, 8_000, 5.0),
+}
 ENCODER_WIDTH = {"large_table": 64, "mining": 128}
 STEPS = {"quickstart": 3, "large_table": 8, "mining": 8, "bf16": 3}
 
@@ -164,7 +166,7 @@ def measured(setting: str, scratch: Path) -> Figures:
     job = prepare_job(recipe, ds_config_file(setting), run)
     engine = start_engine(job.ds_config, job.recipe.train.batch_size)
     write_run(job.run, job.recipe, job.ds_config)
-    base_bytes = status_bytes("VmRSS")
+    base_bytes = memory_bytes("VmRSS")
     trainer = Trainer(job.recipe, job.ds_config, job.corpus, engine, job.run)
     note_peak(peaks, "start")
     if recipe.mining.every_epochs:
@@ -192,30 +194,15 @@ def take_steps(trainer: Any) -> None:
     """Takes all steps as `Trainer.fit` does, without an evaluation."""
     from unidec_ds.data.prefetch import Prefetcher
 
-    with Prefetcher(trainer._make_batch, 0, trainer.total_steps) as batches:
+    with Prefetcher(trainer.make_batch, 0, trainer.total_steps) as batches:
         for _ in range(trainer.total_steps):
             trainer._step(batches)
 
 
 def note_peak(peaks: dict[str, int], stage: str) -> None:
     """Notes the most resident memory since the last call, and lets the kernel begin anew."""
-    peaks[stage] = status_bytes("VmHWM")
+    peaks[stage] = memory_bytes("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def status_bytes(field: str) -> int:
-    """Returns a field of this process's memory status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def apart(function: Any, *args: Any) -> Any:
-    """Returns what a function returns that runs in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
 
 
 def page(figures: dict[str, Any]) -> str:
@@ -276,7 +263,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     try:
         for setting in args.only or (("mining",) if args.quick else SETTINGS):
-            folder = scratch / setting
+            folder = scratch / ("quick" if args.quick else "full") / setting
             folder.mkdir(parents=True, exist_ok=True)
             sizes = (QUICK_SIZES if args.quick else SIZES).get(setting)
             if sizes is not None and not (folder / "corpus").is_dir():

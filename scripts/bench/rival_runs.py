@@ -115,7 +115,7 @@ def train_on_rank(recipe_path: str, run: str, system: str, num_steps: int) -> Fi
                 trainer.train_step(batch)
         else:
             trainer = Trainer(recipe, job.ds_config, job.corpus, engine, Path(run))
-            make_batch = trainer._make_batch
+            make_batch = trainer.make_batch
             config = trainer.model.encoder.config
 
             def take_step(batch: Any) -> None:

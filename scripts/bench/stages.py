@@ -9,17 +9,23 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, TypeVar
 
 Figures = dict[str, float]
+T = TypeVar("T")
 
 
-def memory_gib(field: str) -> float:
+def memory_bytes(field: str) -> int:
     """Returns a field of this process's status: RssAnon now, or VmHWM, the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) / 2**20
+            return int(line.split()[1]) * 1024
     raise KeyError(field)
+
+
+def memory_gib(field: str) -> float:
+    """Returns `memory_bytes` in GiB."""
+    return memory_bytes(field) / 2**30
 
 
 class Clock:
@@ -34,7 +40,7 @@ class Clock:
         return {f"{name}_s": perf_counter() - wall, f"{name}_cpu_s": process_time() - cpu}
 
 
-def apart(stage: Callable[..., Figures], *args: Any) -> Figures:
+def apart(stage: Callable[..., T], *args: Any) -> T:
     """Returns what a stage returns that runs in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -212,12 +212,12 @@ def measure(trainer: Trainer, num_steps: int) -> list[dict[str, float]]:
     log = trainer.monitor.log_step
     records: list[dict[str, Any]] = []
     trainer.monitor.log_step = lambda record: (records.append(record), log(record))  # type: ignore
-    with Prefetcher(trainer._make_batch, 0, WARM_UP + num_steps) as batches:
+    with Prefetcher(trainer.make_batch, 0, WARM_UP + num_steps) as batches:
         for step in range(WARM_UP + num_steps):
             start = time.perf_counter()
             trainer._step(batches)  # what `fit` does between the epochs' ends
             step_s = time.perf_counter() - start
-            batch = trainer._make_batch(step)
+            batch = trainer.make_batch(step)
             forward_s, backward_s = encode(bare, batch, recompute)
             watch.finish_step(
                 step_s=step_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -27,22 +28,32 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def predicted(inputs, overrides=(), **sections):
+def predicted(inputs, overrides=(), device_type="cpu", zero_stage=2, **sections):
     recipe = load_recipe(str(write_recipe_file(inputs, **sections)), list(overrides))
-    ds_config = load_ds_config(inputs / "ds_config.json", batch_size=12, world_size=1)
+    ds_file = inputs / "ds_config.json"
+    if zero_stage != 2:
+        ds_file = inputs / "other.json"
+        ds_file.write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
+    ds_config = load_ds_config(ds_file, batch_size=12, world_size=1)
     corpus = resolve_corpus(recipe.corpus, recipe.encoder.name, 8, show_progress=False)
     return predict(
         recipe,
         ds_config,
         lambda recipe, world_size: corpus_workload(corpus, recipe, world_size),
         world_size=1,
-        device_type="cpu",
+        device_type=device_type,
     )
+
+
+def workload_of(inputs, prediction):
+    recipe = prediction.recipe
+    corpus = resolve_corpus(recipe.corpus, recipe.encoder.name, 8, show_progress=False)
+    return lambda recipe, world_size: corpus_workload(corpus, recipe, world_size)
 
 
 def refusal(inputs, capsys, monkeypatch, room, overrides=(), **sections):
     """Leaves `prepare_job` where a machine has this room; returns (exit code, message)."""
-    monkeypatch.setattr(fits, "room_here", lambda run, ranks: room)
+    monkeypatch.setattr(fits, "room_here", lambda run, ranks, num_running: room)
     recipe = load_recipe(str(write_recipe_file(inputs, **sections)), list(overrides))
     code = exit_with_message(
         lambda: prepare_job(recipe, inputs / "ds_config.json", inputs / "run") and None
@@ -114,15 +125,58 @@ def test_where_no_single_setting_is_enough_they_are_tried_together(inputs):
     both = predicted(inputs, ["classifier.format=rowwise", "checkpoint.every_steps=0"], **section)
     room = replace(PLENTY, run_disk_bytes=sum(p.num_bytes for p in both.disk))
     prediction = predicted(inputs, **section)
-    corpus = resolve_corpus(
-        prediction.recipe.corpus, prediction.recipe.encoder.name, 8, show_progress=False
-    )
-    ((text, made),) = fits.fitting_alternatives(
-        prediction, room, lambda recipe, world_size: corpus_workload(corpus, recipe, world_size)
-    )
+    (text,) = fits.fitting_alternatives(prediction, room, workload_of(inputs, prediction))
     assert "classifier.format: rowwise together with" in text
-    assert made.recipe.classifier.format == "rowwise"
-    assert made.recipe.checkpoint.every_steps == 0
+    assert "checkpoint.every_steps: 0" in text
+
+
+def test_what_makes_another_place_worse_is_no_part_of_all_together(inputs):
+    """Moving the table onto the accelerator takes nothing off a full disk."""
+    section = {"checkpoint": {"every_steps": 1, "keep": 2}, "classifier": {"format": "fp32"}}
+    prediction = predicted(inputs, device_type="cuda", **section)
+    smallest = predicted(
+        inputs,
+        ["classifier.format=rowwise", "checkpoint.every_steps=0"],
+        device_type="cuda",
+        **section,
+    )
+    disk = sum(part.num_bytes for part in smallest.disk)
+    (text,) = fits.fitting_alternatives(
+        prediction, replace(PLENTY, run_disk_bytes=disk), workload_of(inputs, prediction)
+    )
+    assert "classifier.format: rowwise" in text
+    assert "offload_optimizer.device: none" not in text
+
+
+def test_streaming_the_classifier_is_advice_for_bce_alone(inputs):
+    def advised(loss):
+        section = {
+            "objective": {"de": "none", "classifier": loss, "pool": "all"},
+            "train": {"loss_block_bytes": 1 << 20},
+            "model": {"width": 1 << 16},  # 15 labels make a block
+        }
+        prediction = predicted(inputs, **section)
+        streamed = (
+            predicted(inputs, ["classifier.streamed=true"], **section) if loss == "bce" else 0
+        )
+        needed = [peak_bytes(p.memory, "host", with_reclaimable=False)
+                  for p in (prediction, streamed) if p]  # fmt: skip
+        room = replace(PLENTY, host_bytes=needed[-1] * 11 // 10 + 1)
+        found = fits.fitting_alternatives(prediction, room, workload_of(inputs, prediction))
+        return needed, any("classifier.streamed: true" in text for text in found)
+
+    (plain, streamed), is_advised = advised("bce")
+    assert streamed < plain
+    assert is_advised
+    assert not advised("softmax")[1]
+
+
+def test_without_zero_no_offloading_is_advised(inputs):
+    room = replace(PLENTY, host_bytes=1000)
+    for stage, is_tried in ((2, True), (0, False)):
+        prediction = predicted(inputs, zero_stage=stage)
+        tried = [text for text, *_ in fits._alternatives(prediction, room)]
+        assert any("offload_optimizer" in text for text in tried) == is_tried
 
 
 def test_nothing_helps_is_said(inputs, capsys, monkeypatch):
@@ -145,10 +199,18 @@ def test_an_encoder_that_cannot_be_traced_is_trained_with_a_warning(
 
 
 def test_room_here_counts_what_the_run_has_on_disk_already(inputs, tmp_path):
-    before = fits.room_here(tmp_path / "runs" / "none", 1)
+    before = fits.room_here(tmp_path / "runs" / "none", 1, 1)
     assert before.run_disk_bytes > 0
     assert before.host_bytes > 0
     run = tmp_path / "run"
     run.mkdir()
     (run / "file").write_bytes(b"x" * 4096)
     assert fits.folder_bytes(run) == 4096
+
+
+def test_only_running_processes_make_room_for_the_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fits, "host_free_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(fits, "host_memory_gib", lambda: 0.5)
+    rooms = [fits.room_here(tmp_path, 4, num_running=n) for n in (1, 4)]
+    assert [room.host_bytes / 2**30 for room in rooms] == [1.5, 3.0]
+    assert {room.ranks for room in rooms} == {4}

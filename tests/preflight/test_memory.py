@@ -76,11 +76,14 @@ def test_a_real_checkpoint_has_the_bytes_that_were_predicted(inputs):
 def test_checkpoints_on_disk_at_once(inputs):
     def count(total_steps, **checkpoint):
         recipe = load_recipe(str(write_recipe_file(inputs, checkpoint=checkpoint)))
-        return num_checkpoints(recipe, total_steps)
+        return num_checkpoints(recipe, total_steps, steps_per_epoch=50)
 
     assert count(100, every_steps=0) == 1
     assert count(100, every_steps=10, keep=2) == 3  # the new one is whole before the oldest goes
     assert count(15, every_steps=10, keep=5) == 2
+    assert count(100, every_steps=10, keep=2, keep_best=True) == 4  # the best stays beside
+    assert count(100, every_steps=0, keep_best=True) == 3  # of two epochs, and the last
+    assert count(50, every_steps=0, keep_best=True, keep=1) == 2
 
 
 def test_stages_do_not_add_up_and_mapped_files_count_only_where_asked():
@@ -95,6 +98,57 @@ def test_stages_do_not_add_up_and_mapped_files_count_only_where_asked():
     assert peak_bytes(parts, "host", with_reclaimable=False) == 19
     assert peak_bytes(parts, "host", with_reclaimable=True) == 22
     assert peak_bytes(parts, "device", with_reclaimable=False) == 100
+
+
+def predicted(inputs, device_type="cpu", ds_config="ds_config.json", **sections):
+    recipe = load_recipe(str(write_recipe_file(inputs, **sections)))
+    corpus = resolve_corpus(recipe.corpus, recipe.encoder.name, 8, show_progress=False)
+    ds = load_ds_config(inputs / ds_config, batch_size=recipe.train.batch_size, world_size=1)
+    workload, cost = corpus_workload(corpus, recipe, 1), trace_model(recipe, ds, device_type)
+    return predict_memory(recipe, ds, workload, cost, device_type)
+
+
+def named(parts, stage, name):
+    (found,) = [p.num_bytes for p in parts if p.stage == stage and p.name == name]
+    return found
+
+
+def test_weighing_the_views_ranks_once_for_each_weight(inputs):
+    """Of as many queries each, choosing the weight is the greediest evaluation of a run."""
+
+    def best_bytes(validation_fraction=0.5, **evaluation):
+        corpus = {"validation_fraction": validation_fraction}
+        parts = predicted(inputs, corpus=corpus, evaluation={"max_queries": 5, **evaluation})
+        return named(parts, "evaluation", "best labels so far")
+
+    assert best_bytes() == 8 * 100 * 5 * 21
+    assert best_bytes(tune_unified=False) == 8 * 100 * 5 * 3
+    assert best_bytes(validation_fraction=0.0) == 8 * 100 * 5 * 3
+
+
+def test_a_save_in_the_background_counts_beside_the_step(inputs):
+    def step_bytes(**checkpoint):
+        parts = predicted(inputs, checkpoint=checkpoint)
+        return {p.name: p.num_bytes for p in parts if p.stage == "step"}
+
+    waiting = step_bytes(every_steps=5, in_background=False)
+    beside = step_bytes(every_steps=5)
+    more = set(beside) - set(waiting)
+    assert more == {"encoder and moments, copied to be saved", "rows changed during a save"}
+    assert beside["rows changed during a save"] == 60 * 12 * 16  # at most the whole table
+    assert step_bytes() == waiting
+
+
+def test_streaming_holds_the_rows_of_one_block(inputs):
+    sections = {
+        "objective": {"de": "none", "classifier": "bce", "pool": "all"},
+        "train": {"loss_block_bytes": 1 << 20},
+        "model": {"width": 1 << 16},
+    }
+    name = "rows and their gradient"
+    whole = named(predicted(inputs, **sections), "step", name)
+    streamed = predicted(inputs, **sections, classifier={"streamed": True})
+    assert whole // named(streamed, "step", name) == 60 // 4  # 2^20 / (4 * 2^16) labels a block
 
 
 def test_where_things_live_follows_the_ds_config(inputs):

@@ -11,6 +11,8 @@ import pytest
 from tiny import make_inputs, write_recipe_file
 
 from unidec_ds import cli
+from unidec_ds.preflight import command
+from unidec_ds.preflight.fits import Room
 from unidec_ds.preflight.memory import BASE_NAME
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +104,7 @@ def test_more_ranks_hold_smaller_shards_and_talk(inputs, monkeypatch, capsys):
         (["--world-size", 0], "--world-size: found 0"),
         (["--world-size", 2, "--ranks-per-machine", 3], "--ranks-per-machine: found 3"),
         (["--measure", -1], "--measure: found -1"),
+        (["--world-size", 13], "--world-size: found 13; needs at most train.batch_size, 12"),
     ],
 )
 def test_bad_options_leave_with_2(inputs, monkeypatch, capsys, options, needed):
@@ -109,6 +112,32 @@ def test_bad_options_leave_with_2(inputs, monkeypatch, capsys, options, needed):
     assert code == 2
     assert needed in errors
     assert content is None
+
+
+def test_a_run_that_does_not_fit_gets_its_page_and_is_not_measured(inputs, monkeypatch, capsys):
+    def must_not_run(*_):
+        raise AssertionError("measured")
+
+    room = Room(host_bytes=1000, device_bytes=None, run_disk_bytes=1 << 40)
+    monkeypatch.setattr(command, "room_here", lambda run, ranks, num_running: room)
+    monkeypatch.setattr(command, "measure", must_not_run)
+    code, page, errors, content = plan(inputs, monkeypatch, capsys)
+    assert code == 0, errors
+    assert "time: not measured (it does not fit this machine)" in page
+    assert "use a larger machine" in page
+    assert {need["place"]: need["fits"] for need in content["fits"]} == {
+        "host": False,
+        "disk": True,
+    }
+
+
+def test_more_ranks_than_pool_labels(inputs, monkeypatch, capsys):
+    """Steps in which a rank has no row to move are planned like others."""
+    options = ["--world-size", 12, "--measure", 0]
+    code, page, errors, content = plan(inputs, monkeypatch, capsys, *options, pool={"size": 12})
+    assert code == 0, errors
+    assert "traffic of one rank in a step" in page
+    assert all(move["num_bytes"] for move in content["traffic_bytes_per_step"])
 
 
 def test_without_measuring_deepspeed_is_not_imported(inputs):

@@ -48,6 +48,18 @@ def test_a_corpus_s_steps(inputs, world_size):
         assert texts <= step.num_tokens <= step.num_padded_tokens
 
 
+@pytest.mark.parametrize(
+    ("every", "start", "max_steps", "minings"),
+    [(0, 0, 0, 0), (1, 0, 0, 3), (1, 2, 0, 1), (2, 0, 0, 2), (1, 3, 0, 0), (1, 1, 7, 0)],
+)
+def test_minings_are_those_that_training_comes_to(inputs, every, start, max_steps, minings):
+    section = {"every_epochs": every, "start_epoch": start}
+    recipe, corpus = load(inputs, mining=section, train={"max_steps": max_steps})
+    workload = corpus_workload(corpus, recipe, 1)
+    assert workload.steps_per_epoch == 7
+    assert workload.num_minings == minings
+
+
 def test_mined_negatives_are_stood_in_for_by_random_ones(inputs):
     recipe, corpus = load(inputs, mining=MINING, pool={"size": 0, "fill_with_positives": False})
     plain, _ = load(inputs, pool={"size": 0, "fill_with_positives": False})

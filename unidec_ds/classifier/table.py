@@ -83,6 +83,12 @@ class ClassifierConfig(Settings):
         """Returns what one label takes in the table, at width D."""
         return bytes_per_label(self.format, self.bias_correction, width, self.optimizer)
 
+    def fetches_ahead(self, device_type: str) -> bool:
+        """Returns whether rows of a table on the host come to the device a step early."""
+        return self.prefetch_rows == "always" or (
+            self.prefetch_rows == "auto" and device_type != "cpu"
+        )
+
     @model_validator(mode="after")
     def _sgd_has_momentum_alone(self) -> ClassifierConfig:
         if self.optimizer == "sgd" and self.format == "rowwise":
@@ -153,10 +159,7 @@ class ClassifierTable:
         self._block_rows = max(1, _BLOCK_ELEMENTS * torch.get_num_threads() // width)
         self._moments: dict[str, Tensor] = {}
         self._staging = Staging(self._columns, self._copier, device, self._pin_memory)
-        self._packs_ahead = self._on_host and (
-            config.prefetch_rows == "always"
-            or (config.prefetch_rows == "auto" and device.type != "cpu")
-        )
+        self._packs_ahead = self._on_host and config.fetches_ahead(device.type)
         self._fetched: StagedRows | None = None
         self._leaf: Tensor | None = None
         self._snapshot: Snapshot | None = None

@@ -13,11 +13,12 @@ from unidec_ds.data.prepare import resolve_corpus
 from unidec_ds.ds_config import load_ds_config
 from unidec_ds.encoders import check_encoder
 from unidec_ds.errors import UserError
-from unidec_ds.preflight.fits import Room, room_here
+from unidec_ds.preflight.fits import Room, needs, room_here
 from unidec_ds.preflight.measure import Measured, measure
 from unidec_ds.preflight.plan import as_json, as_text, make_plan
-from unidec_ds.preflight.prediction import WorkloadOf, predict
+from unidec_ds.preflight.prediction import Prediction, WorkloadOf, predict
 from unidec_ds.preflight.workload import corpus_workload, given_sizes, sizes_workload
+from unidec_ds.run import default_run
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def plan_run(request: PlanRequest) -> str:
     """
     _check(request)
     recipe = load_recipe(request.recipe, request.overrides)
+    if request.world_size > recipe.train.batch_size:
+        raise UserError(
+            f"--world-size: found {request.world_size}; needs at most train.batch_size, "
+            f"{recipe.train.batch_size}: every rank has a query of each step"
+        )
     ds_config = load_ds_config(
         request.ds_config, batch_size=recipe.train.batch_size, world_size=request.world_size
     )
@@ -64,8 +70,9 @@ def plan_run(request: PlanRequest) -> str:
     prediction = predict(
         recipe, ds_config, workload_of, world_size=request.world_size, device_type=device_type
     )
-    room = _room(request, is_here=device_type == device_here)
-    no_time_because = _no_time_because(request, device_type, device_here)
+    here = room_here(default_run(request.recipe), _ranks(request), num_running=1)
+    room = _room(request, here, is_here=device_type == device_here)
+    no_time_because = _no_time_because(request, prediction, here, device_here)
     measured: Measured | None = None
     if not no_time_because:
         measured = measure(recipe, request.ds_config, request.measured_steps)
@@ -111,28 +118,36 @@ def _workload_of(request: PlanRequest, recipe: Recipe) -> WorkloadOf:
     return lambda recipe, world_size: sizes_workload(sizes, recipe, world_size)
 
 
-def _room(request: PlanRequest, is_here: bool) -> Room:
+def _ranks(request: PlanRequest) -> int:
+    """Returns how many ranks share the machine."""
+    return request.ranks_per_machine or request.world_size
+
+
+def _room(request: PlanRequest, here: Room, is_here: bool) -> Room:
     """Returns what the machine has: this one, or the one that is described."""
-    ranks = request.ranks_per_machine or request.world_size
-    here = room_here(Path("runs") / Path(request.recipe).name, ranks)
     if request.host_gib is None and request.device_gib is None and is_here:
         return here
     return Room(
         host_bytes=None if request.host_gib is None else int(request.host_gib * 2**30),
         device_bytes=None if request.device_gib is None else int(request.device_gib * 2**30),
         run_disk_bytes=None,
-        ranks=ranks,
+        ranks=here.ranks,
     )
 
 
-def _no_time_because(request: PlanRequest, device_type: str, device_here: str) -> str:
+def _no_time_because(
+    request: PlanRequest, prediction: Prediction, here: Room, device_here: str
+) -> str:
     """Returns why no time can be measured; "" if it can."""
     if request.measured_steps == 0:
         return "--measure 0"
     if request.labels is not None:
         return "there is no corpus yet"
-    if device_type != device_here:
-        return f"this machine has no {device_type}"
+    if prediction.device_type != device_here:
+        return f"this machine has no {prediction.device_type}"
     if request.world_size > 1:
         return "only one rank is measured; use --world-size 1"
+    # Steps leave nothing on the disk.
+    if any(need.cannot_fit for need in needs(prediction, here) if need.place != "disk"):
+        return "it does not fit this machine"
     return ""

@@ -44,11 +44,13 @@ def checkpoint_bytes(recipe: Recipe, num_labels: int, cost: ModelCost, world_siz
     return encoder + num_labels * label_bytes + 8 * world_size
 
 
-def num_checkpoints(recipe: Recipe, total_steps: int) -> int:
+def num_checkpoints(recipe: Recipe, total_steps: int, steps_per_epoch: int) -> int:
     """Returns how many checkpoints there are at once, the one being written included."""
-    every = recipe.checkpoint.every_steps
-    written = -(-total_steps // every) if every else 1
-    return min(written, recipe.checkpoint.keep + 1)
+    config = recipe.checkpoint
+    written = -(-total_steps // config.every_steps) if config.every_steps else 1
+    if config.keep_best:  # at most one more for each evaluation
+        written += -(-total_steps // steps_per_epoch) // recipe.evaluation.every_epochs
+    return min(written, config.keep + 1 + config.keep_best)
 
 
 def predict_disk(
@@ -56,7 +58,7 @@ def predict_disk(
 ) -> list[DiskPart]:
     """Returns the parts of the disk space that a run takes at most at once."""
     sizes = workload.sizes
-    copies = num_checkpoints(recipe, workload.total_steps)
+    copies = num_checkpoints(recipe, workload.total_steps, workload.steps_per_epoch)
     one = checkpoint_bytes(recipe, sizes.num_labels, cost, workload.world_size)
     projected = min(recipe.evaluation.projector_labels, sizes.num_labels)
     logs = _LOG_BYTES_A_STEP * (workload.total_steps // recipe.train.log_every_steps)
@@ -80,12 +82,12 @@ def folder_bytes(folder: Path) -> int:
 def _mining(
     recipe: Recipe, workload: Workload, cost: ModelCost, device_type: str
 ) -> Iterator[DiskPart]:
-    sizes, config = workload.sizes, recipe.mining
-    if not config.every_epochs or config.start_epoch >= recipe.train.epochs:
+    sizes, config, kept = workload.sizes, recipe.mining, workload.num_minings
+    if not kept:
         return
-    minings = 1 + (recipe.train.epochs - 1 - config.start_epoch) // config.every_epochs
-    spanned = recipe.checkpoint.keep * recipe.checkpoint.every_steps / workload.steps_per_epoch
-    kept = min(minings, 2 + int(spanned / config.every_epochs))
+    if not recipe.checkpoint.keep_best:  # the best may be of any epoch, and needs all from there
+        spanned = recipe.checkpoint.keep * recipe.checkpoint.every_steps / workload.steps_per_epoch
+        kept = min(kept, 2 + int(spanned / config.every_epochs))
     one = 4 * sizes.train_queries * config.shortlist_size
     if recipe.batches.kind == "clustered":
         one += 4 * sizes.trained_queries

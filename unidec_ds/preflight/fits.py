@@ -30,9 +30,10 @@ from unidec_ds.engine import launched_rank, launched_world_size
 from unidec_ds.errors import UserError
 from unidec_ds.monitor import host_memory_gib
 from unidec_ds.preflight.disk import folder_bytes
-from unidec_ds.preflight.memory import greediest_stage, peak_bytes
+from unidec_ds.preflight.memory import CUDA_CONTEXT_BYTES, greediest_stage, peak_bytes
 from unidec_ds.preflight.prediction import Prediction, WorkloadOf, predict
 from unidec_ds.preflight.tracing import UntraceableError
+from unidec_ds.preflight.wording import PLACES, STAGES, in_words
 from unidec_ds.preflight.workload import Workload, corpus_workload
 
 logger = logging.getLogger(__name__)
@@ -44,13 +45,6 @@ TOLERANCES = {"host": 0.1, "device": 0.3, "disk": 0.0}
 _SMALLEST_CHUNK = 16
 _SMALL_LOSS_BLOCK = 32 << 20
 _MAX_WORLD_SIZE = 256
-_STAGES = {
-    "always": "all the time",
-    "step": "in a training step",
-    "evaluation": "in an evaluation",
-    "mining": "while mining",
-    "checkpoint": "while a checkpoint is written",
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ class Room:
     host_bytes: int | None
     """Free memory and what this process holds already, for all ranks of the machine together."""
     device_bytes: int | None
-    """Of one accelerator."""
+    """Of one accelerator, for a process that has yet to begin with it."""
     run_disk_bytes: int | None
     """On the disk of the run directory, what an earlier part of the run takes there included."""
     ranks: int = 1
@@ -89,24 +83,26 @@ class Need:
         return self.there_bytes is not None and least_bytes > self.there_bytes
 
 
-def room_here(run: Path, ranks: int) -> Room:
-    """Returns what this machine has now, for this process and the other ranks beside it.
+def room_here(run: Path, ranks: int, num_running: int) -> Room:
+    """Returns what this machine has now for a run's ranks.
 
     Args:
         run: the run directory, which need not be there yet.
-        ranks: on this machine; each is taken to hold what this one does.
+        ranks: on this machine.
+        num_running: how many processes like this one are there now; what they hold is there for
+            the ranks, which they become or make room for.
     """
     held_bytes = int(host_memory_gib() * 2**30)
     device = None
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = int(torch.cuda.mem_get_info(local_rank)[0])
+        # Asking makes this process's context, which is not free then but part of the prediction.
+        device = int(torch.cuda.mem_get_info(_own_device())[0]) + CUDA_CONTEXT_BYTES
     folder = run.absolute()
     while not folder.is_dir():
         folder = folder.parent
     disk = os.statvfs(folder)
     return Room(
-        host_bytes=host_free_bytes() + ranks * held_bytes,
+        host_bytes=host_free_bytes() + num_running * held_bytes,
         device_bytes=device,
         run_disk_bytes=disk.f_bavail * disk.f_frsize + folder_bytes(run),
         ranks=ranks,
@@ -134,9 +130,7 @@ def check_run_fits(recipe: Recipe, ds_config: DsConfig, corpus: Corpus, run: Pat
         UserError: bytes needed, bytes there, and settings that would fit.
     """
     world_size, ranks = launched_world_size(), comm.local_world_size()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = _own_device() if torch.cuda.is_available() else torch.device("cpu")
 
     def workload_of(recipe: Recipe, world_size: int) -> Workload:
         return corpus_workload(corpus, recipe, world_size)
@@ -160,15 +154,15 @@ def check_run_fits(recipe: Recipe, ds_config: DsConfig, corpus: Corpus, run: Pat
         if launched_rank() == 0:
             logger.warning("%s. Only the classifier table was checked to fit.", error)
         return
-    room = room_here(run, ranks)
+    room = room_here(run, ranks, num_running=ranks)
     for need in needs(prediction, room):
         if need.cannot_fit:
             raise UserError(describe_shortfall(prediction, need, room, run, workload_of))
         if not need.fits and launched_rank() == 0:
             logger.warning(
                 "this run may not fit: %s of %s is predicted, and %s there",
-                _in_words(need.needed_bytes), _place_name(need.place, run),
-                _in_words(need.there_bytes or 0),
+                in_words(need.needed_bytes), _place_name(need.place, run),
+                in_words(need.there_bytes or 0),
             )  # fmt: skip
 
 
@@ -194,11 +188,11 @@ def describe_shortfall(
             for p in prediction.memory
             if p.place == need.place and p.stage in ("always", stage) and not p.reclaimable
         ]
-        when = _STAGES[stage]
+        when = STAGES[stage]
         who = f"{room.ranks} ranks" if room.ranks > 1 and need.place == "host" else "one rank"
     largest = sorted(parts, key=lambda part: -part[1])[:4]
-    listed = "; ".join(f"{name} {_in_words(size)}" for name, size in largest)
-    fitting = [text for text, _ in fitting_alternatives(prediction, room, workload_of)]
+    listed = "; ".join(f"{name} {in_words(size)}" for name, size in largest)
+    fitting = fitting_alternatives(prediction, room, workload_of)
     advice = (
         f"What would fit: {'; or '.join(fitting)}."
         if fitting
@@ -206,54 +200,55 @@ def describe_shortfall(
     )
     return (
         f"this run does not fit into {_place_name(need.place, run)}: {when} {who} will need "
-        f"{_in_words(need.needed_bytes)} ({need.needed_bytes:,} bytes), and "
-        f"{_in_words(need.there_bytes or 0)} ({need.there_bytes:,} bytes) are there. "
+        f"{in_words(need.needed_bytes)} ({need.needed_bytes:,} bytes), and "
+        f"{in_words(need.there_bytes or 0)} ({need.there_bytes:,} bytes) are there. "
         f"Largest parts: {listed}. {advice}"
     )
 
 
-def fitting_alternatives(
-    prediction: Prediction, room: Room, workload_of: WorkloadOf
-) -> Iterator[tuple[str, Prediction]]:
-    """Yields settings, in words, with which the run would fit, and their predictions.
+def fitting_alternatives(prediction: Prediction, room: Room, workload_of: WorkloadOf) -> list[str]:
+    """Returns settings, in words, with which the run would fit.
 
-    Each on its own; where none is enough, all of them together.
+    Each on its own; where none is enough, all of them together that make nothing worse.
     """
+    recipe, ds_config = prediction.recipe, prediction.ds_config
     world_size = prediction.workload.world_size
-    tried: list[tuple[str, Recipe, DsConfig]] = []
-    any_fits = False
 
-    def again(recipe: Recipe, ds_config: DsConfig, world_size: int) -> Prediction:
-        return predict(
+    def needs_with(recipe: Recipe, ds_config: DsConfig, ranks: int) -> list[Need]:
+        now = prediction.recipe.train.encoder_chunk, world_size
+        is_same_work = (recipe.train.encoder_chunk, ranks) == now
+        made = predict(
             recipe,
             ds_config,
-            workload_of,
-            world_size=world_size,
+            (lambda *_: prediction.workload) if is_same_work else workload_of,
+            world_size=ranks,
             device_type=prediction.device_type,
             cost=prediction.cost,  # no alternative changes the model
         )
+        return needs(made, room)
 
-    for text, recipe, ds_config, ranks in _alternatives(prediction, room):
-        made = again(recipe, ds_config, ranks)
-        if all(need.fits for need in needs(made, room)):
-            any_fits = True
-            yield text, made
-        elif ranks == world_size:
-            tried.append((text, recipe, ds_config))
-    if any_fits:
-        return
-    recipe, ds_config = prediction.recipe, prediction.ds_config
-    texts: dict[str, str] = {}  # of each key the last and smallest
-    for text, changed, other_ds_config in tried:
-        recipe = _merge(recipe, prediction.recipe, changed)
-        if other_ds_config is not prediction.ds_config:
-            ds_config = other_ds_config
-        texts[text.split(":")[0]] = text
-    if not texts:
-        return
-    made = again(recipe, ds_config, world_size)
-    if all(need.fits for need in needs(made, room)):
-        yield " together with ".join(texts.values()), made
+    before = needs(prediction, room)
+    fitting: list[str] = []
+    together: dict[str, str] = {}  # of each key the last and smallest
+    for text, changed, other_ds_config, ranks in _alternatives(prediction, room):
+        found = needs_with(changed, other_ds_config, ranks)
+        if all(need.fits for need in found):
+            fitting.append(text)
+        elif ranks == world_size and not _is_worse(found, before):
+            recipe = _merge(recipe, prediction.recipe, changed)
+            if other_ds_config is not prediction.ds_config:
+                ds_config = other_ds_config
+            together[text.split(":")[0]] = text
+    if fitting or not together:
+        return fitting
+    found = needs_with(recipe, ds_config, world_size)
+    return [" together with ".join(together.values())] if all(n.fits for n in found) else []
+
+
+def _is_worse(found: list[Need], before: list[Need]) -> bool:
+    """Returns whether a place is asked for more than before."""
+    pairs = zip(found, before, strict=True)
+    return any(after.needed_bytes > now.needed_bytes for after, now in pairs)
 
 
 def _alternatives(
@@ -268,8 +263,12 @@ def _alternatives(
         other = _set(recipe, "classifier", format=name)
         if other.classifier.bytes_per_label(prediction.cost.width) < now:
             yield f"classifier.format: {name}", other, *here
+    if recipe.objective.classifier == "bce" and not (
+        recipe.classifier.streamed or recipe.model.row_dropout
+    ):
+        yield "classifier.streamed: true", _set(recipe, "classifier", streamed=True), *here
     kind = table_placement(ds_config).kind
-    for device in ("cpu", "nvme", "none"):
+    for device in ("cpu", "nvme", "none") if ds_config.zero_stage else ():
         unlike = device != {"device": "none"}.get(kind, kind)
         if unlike and (device != "none" or prediction.device_type != "cpu"):
             text = f"offload_optimizer.device: {device} in the ds_config"
@@ -308,7 +307,7 @@ def _set(recipe: Recipe, section: str, **values: object) -> Recipe:
 
 
 def _merge(into: Recipe, base: Recipe, changed: Recipe) -> Recipe:
-    """Returns `into` with what `changed` has other than `base`, where `into` has `base`'s still."""
+    """Returns `into` with what `changed` has other than `base`."""
     for section in Recipe.model_fields:
         before, after = getattr(base, section), getattr(changed, section)
         target = getattr(into, section)
@@ -328,12 +327,10 @@ def _placed(ds_config: DsConfig, device: str) -> DsConfig:
     return replace(ds_config, content=content)
 
 
-def _place_name(place: str, run: Path) -> str:
-    names = {"host": "host memory", "device": "the accelerator's memory"}
-    return names.get(place, f"the disk of {run}")
+def _place_name(place: Literal["host", "device", "disk"], run: Path) -> str:
+    return f"the disk of {run}" if place == "disk" else PLACES[place]
 
 
-def _in_words(num_bytes: int) -> str:
-    return (
-        f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / 2**20:.1f} MiB"
-    )
+def _own_device() -> torch.device:
+    """Returns the accelerator that this process will use."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

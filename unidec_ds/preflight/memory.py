@@ -1,7 +1,8 @@
 """Bytes of one rank, by place and by stage of a run.
 
 A rank's memory is what it always holds and what its greediest stage (a step, an evaluation, a
-mining, a checkpoint) needs on top; stages do not overlap. On a CPU, device and host are one.
+mining, a checkpoint) needs on top; stages do not overlap, but for a checkpoint that is written
+while steps go on, which counts among a step's parts. On a CPU, device and host are one.
 Every part says how it is known: *exact* (shapes and dtypes), *traced* (`tracing`), *formula* (a
 bound from the code it names), *measured* (on a CPU: the base memory, the heap's share), *assumed*.
 
@@ -21,6 +22,7 @@ import torch
 
 from unidec_ds.assembly import table_placement, trained_views
 from unidec_ds.classifier import partition
+from unidec_ds.classifier.stream import block_size
 from unidec_ds.config import Recipe
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.embedding import BLOCK, chunk_size
@@ -29,6 +31,7 @@ from unidec_ds.mining.mine import label_block
 from unidec_ds.preflight.tracing import ModelCost, chunk_working_bytes, heads_bytes
 from unidec_ds.preflight.workload import Workload
 from unidec_ds.search import query_block
+from unidec_ds.unified import GRID
 
 BASE_BYTES = {"cpu": 520 << 20, "cuda": 3 << 30}
 """Host memory of a rank before it has a model: Python, torch, DeepSpeed, transformers, datasets and
@@ -41,6 +44,9 @@ CUDA_CONTEXT_BYTES = 512 << 20
 HEAP_SHARE = 0.08
 """What the C library's heap holds beyond a step's tensors, of their bytes, on a CPU: freed pieces
 that the next batch, of other sizes, cannot use. 0.05 to 0.12 were measured."""
+
+_STEPS_OF_A_SAVE = 10
+"""Steps that are taken while a checkpoint is written in the background; assumed."""
 
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 _FP32 = 4
@@ -84,7 +90,8 @@ def predict_memory(
         *_step(recipe, ds_config, workload, cost, device_type),
         *_evaluation(recipe, workload, cost, device_type),
         *_mining(recipe, workload, cost, device_type),
-        *_checkpoint(recipe, ds_config, workload, cost),
+        *_checkpoint(recipe, ds_config, workload, cost, "checkpoint"),
+        *_background_save(recipe, ds_config, workload, cost),
     ]
     if device_type == "cpu":
         tensors = sum(part.num_bytes for part in parts if part.stage == "step")
@@ -134,7 +141,7 @@ def _always(
         yield Part("device", "always", "CUDA context", CUDA_CONTEXT_BYTES, "assumed")
     yield Part("host", "always", "corpus, mapped", sizes.corpus_bytes, "exact", reclaimable=True)
     yield Part("host", "always", "query ids and their order", 32 * sizes.train_queries, "formula")
-    if recipe.mining.every_epochs and recipe.batches.kind == "clustered":
+    if workload.num_minings and recipe.batches.kind == "clustered":
         name = "queries by cluster"
         yield Part("host", "always", name, 24 * sizes.train_queries, "formula")
     place: dict[str, Place] = {"cpu": "host", "nvme": "nvme", "device": "device"}
@@ -148,7 +155,7 @@ def _always(
     )
     tokens = max(step.num_padded_tokens for step in workload.steps)
     yield Part("host", "always", "batches made ahead", 3 * 16 * tokens, "formula")
-    if recipe.mining.source == "cached" and recipe.mining.every_epochs:
+    if workload.num_minings and recipe.mining.source == "cached":
         texts = (sizes.train_queries + sizes.num_labels) // world_size
         kept = texts * (2 * cost.width + 4)
         yield Part("host", "always", "vectors kept for mining, mapped", kept, "exact", True)
@@ -231,7 +238,10 @@ def _step(
 
     heads = recipe.objective.head_weights
     if "classifier" in heads:
-        yield from _rows(recipe, ds_config, own_labels, width, device_type)
+        rows = own_labels
+        if recipe.classifier.streamed:
+            rows = min(rows, block_size(batch_size, width, recipe.train.loss_block_bytes))
+        yield from _rows(recipe, ds_config, rows, width, device_type)
     block = min(recipe.train.loss_block_bytes, batch_size * own_labels * _FP32)
     blocks = 0
     for head in heads:
@@ -243,21 +253,22 @@ def _step(
 
 
 def _rows(
-    recipe: Recipe, ds_config: DsConfig, own_labels: int, width: int, device_type: str
+    recipe: Recipe, ds_config: DsConfig, num_rows: int, width: int, device_type: str
 ) -> Iterator[Part]:
-    """Yields the rows of a step, as `classifier.staging` holds them."""
-    rows = own_labels * width * _FP32
+    """Yields the rows that are fetched at once, as `classifier.staging` holds them."""
+    rows = num_rows * width * _FP32
     with_gradient = 2 * rows
     if recipe.model.row_dropout:
         with_gradient += 3 * rows  # the mask, the product and its gradient
     if recipe.objective.classifier_logits == "cosine":
         with_gradient += 2 * rows
     staged = rows * 5 // 4
+    on_host = table_placement(ds_config).kind != "device"
+    ahead = on_host and recipe.classifier.fetches_ahead(device_type)
     if device_type == "cpu":
         yield Part("host", "step", "rows and their gradient", with_gradient + rows // 4, "exact")
+        yield Part("host", "step", "rows packed ahead", ahead * staged, "exact")
         return
-    on_host = table_placement(ds_config).kind != "device"
-    ahead = on_host and recipe.classifier.prefetch_rows != "never"
     yield Part("device", "step", "rows and their gradient", with_gradient + ahead * rows, "exact")
     name = "rows packed, and their gradient"
     yield Part("host" if on_host else "device", "step", name, (2 + ahead) * staged, "exact")
@@ -266,20 +277,40 @@ def _rows(
 def _evaluation(
     recipe: Recipe, workload: Workload, cost: ModelCost, device_type: str
 ) -> Iterator[Part]:
+    """Yields what the greediest of a run's evaluations holds.
+
+    There are up to three: of the validation queries after an epoch, of the same in every weight of
+    the unified view, and the final one.
+    """
+    sizes, views = workload.sizes, len(trained_views(recipe))
+    validation = recipe.evaluation.sampled(sizes.validation_queries)
+    tunes = recipe.evaluation.tune_unified and validation and "unified" in trained_views(recipe)
+    rounds = [(validation, views), (sizes.evaluated_queries(recipe), views + bool(tunes))]
+    if tunes:
+        rounds.append((validation, len(GRID)))
+    found = [list(_search(recipe, workload, cost, device_type, *size)) for size in rounds]
+    yield from max(found, key=lambda parts: sum(part.num_bytes for part in parts))
+
+
+def _search(
+    recipe: Recipe,
+    workload: Workload,
+    cost: ModelCost,
+    device_type: str,
+    queries: int,
+    rankings: int,
+) -> Iterator[Part]:
     """Yields query vectors, running best and blocks, as `evaluation.search_labels` holds them."""
     sizes, views = workload.sizes, trained_views(recipe)
-    queries = sizes.test_queries or sizes.validation_queries
-    if recipe.evaluation.max_queries:
-        queries = min(queries, recipe.evaluation.max_queries)
     heads = sum(view != "unified" for view in views)
     copies = 1 if workload.world_size == 1 else 2  # once more while they are summed over ranks
     vectors = copies * queries * heads * cost.width * _FP32
     yield Part("device", "evaluation", "query vectors", vectors, "exact")
     entries = queries * max(KS)
-    best = 8 * entries * len(views)
+    best = 8 * entries * rankings
     yield Part("device", "evaluation", "best labels so far", best, "exact")
     yield Part("device", "evaluation", "a view's best, in order", 32 * entries, "formula")
-    predictions = 12 * entries * len(views)
+    predictions = 12 * entries * rankings
     yield Part("host", "evaluation", "predictions", predictions, "exact")
     true_pairs = queries * sizes.train_positives // max(sizes.train_queries, 1)
     yield Part("host", "evaluation", "scoring of true labels", 100 * true_pairs, "formula")
@@ -296,7 +327,7 @@ def _mining(
 ) -> Iterator[Part]:
     """Yields what `mining.mine` says it holds."""
     sizes, config = workload.sizes, recipe.mining
-    if not config.every_epochs or config.start_epoch >= recipe.train.epochs:
+    if not workload.num_minings:
         return
     copies = 1 if workload.world_size == 1 else 2
     vectors = copies * sizes.trained_queries * cost.width * _FP32
@@ -327,11 +358,26 @@ def _forward(
 
 
 def _checkpoint(
-    recipe: Recipe, ds_config: DsConfig, workload: Workload, cost: ModelCost
+    recipe: Recipe, ds_config: DsConfig, workload: Workload, cost: ModelCost, stage: Stage
 ) -> Iterator[Part]:
     """Yields the copies that are written; rows in host memory are written from where they are."""
     copies = _FP32 * (cost.num_parameters + 2 * cost.num_trainable)
-    yield Part("host", "checkpoint", "encoder and moments, copied", copies, "exact")
+    yield Part("host", stage, "encoder and moments, copied to be saved", copies, "exact")
     if table_placement(ds_config).kind == "device":
         shard = table_bytes(recipe, workload.sizes.num_labels, cost.width, workload.world_size)
-        yield Part("host", "checkpoint", "rows, copied", shard, "exact")
+        yield Part("host", stage, "rows, copied to be saved", shard, "exact")
+
+
+def _background_save(
+    recipe: Recipe, ds_config: DsConfig, workload: Workload, cost: ModelCost
+) -> Iterator[Part]:
+    """Yields what a save holds while steps go on: its copies, and the rows they change."""
+    if not (recipe.checkpoint.every_steps and recipe.checkpoint.in_background):
+        return
+    yield from _checkpoint(recipe, ds_config, workload, cost, "step")
+    if table_placement(ds_config).kind != "device":
+        num_labels, world_size = workload.sizes.num_labels, workload.world_size
+        rows = _STEPS_OF_A_SAVE * max(step.own_labels for step in workload.steps)
+        rows = min(rows, partition.num_local_rows(num_labels, 0, world_size))
+        changed = rows * recipe.classifier.bytes_per_label(cost.width)
+        yield Part("host", "step", "rows changed during a save", changed, "assumed")

@@ -9,8 +9,9 @@ from typing import Any
 
 from unidec_ds.preflight.fits import Need, Room, fitting_alternatives, needs
 from unidec_ds.preflight.measure import Measured
-from unidec_ds.preflight.memory import BASE_NAME, Part, Place, Stage, greediest_stage, peak_bytes
+from unidec_ds.preflight.memory import BASE_NAME, Part, greediest_stage, peak_bytes
 from unidec_ds.preflight.prediction import Prediction, WorkloadOf
+from unidec_ds.preflight.wording import PLACES, STAGES, in_words
 from unidec_ds.preflight.work import (
     StepFlops,
     Traffic,
@@ -19,13 +20,6 @@ from unidec_ds.preflight.work import (
     step_flops,
     step_traffic,
 )
-
-_STAGES: tuple[Stage, ...] = ("always", "step", "evaluation", "mining", "checkpoint")
-_PLACES: dict[Place, str] = {
-    "host": "host memory",
-    "device": "accelerator memory",
-    "nvme": "mapped files under nvme_path",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def make_plan(
     found = needs(prediction, room)
     alternatives = []
     if not all(need.fits for need in found):
-        alternatives = [text for text, _ in fitting_alternatives(prediction, room, workload_of)]
+        alternatives = fitting_alternatives(prediction, room, workload_of)
     return Plan(prediction, room, found, alternatives, measured, no_time_because)
 
 
@@ -70,20 +64,17 @@ def hours(plan: Plan) -> dict[str, float]:
     measured, prediction = plan.measured, plan.prediction
     if measured is None:
         return {}
-    workload, recipe = prediction.workload, prediction.recipe
-    sizes, config = workload.sizes, recipe.mining
+    workload, sizes = prediction.workload, prediction.workload.sizes
     step_h = measured.step_s / 3600
     found = {
         "steps_per_epoch": workload.steps_per_epoch * step_h,
         "all_steps": workload.total_steps * step_h,
     }
     per_text_h = 1 / measured.encoded_texts_per_s / 3600
-    if config.every_epochs and config.start_epoch < recipe.train.epochs:
+    if workload.num_minings:
         texts = sizes.trained_queries + sizes.labels_with_text
         found["encoding_per_mining"] = texts * per_text_h
-    queries = sizes.test_queries or sizes.validation_queries
-    if recipe.evaluation.max_queries:
-        queries = min(queries, recipe.evaluation.max_queries)
+    queries = sizes.evaluated_queries(prediction.recipe)
     found["encoding_per_evaluation"] = (queries + sizes.labels_with_text) * per_text_h
     return found
 
@@ -106,7 +97,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "greediest_stage": greediest_stage(prediction.memory, place),
                 "parts": [asdict(part) for part in prediction.memory if part.place == place],
             }
-            for place in _PLACES
+            for place in PLACES
         },
         "disk": [asdict(part) for part in prediction.disk],
         "flops": {
@@ -167,34 +158,35 @@ def _sizes_lines(prediction: Prediction) -> Iterator[str]:
 
 
 def _memory_lines(prediction: Prediction) -> Iterator[str]:
-    for place, name in _PLACES.items():
+    for place, name in PLACES.items():
         parts = [part for part in prediction.memory if part.place == place]
         if not parts:
             continue
         top = greediest_stage(parts, place)
         yield f"\n{name} of one rank"
-        for stage in _STAGES:
+        for stage, when in STAGES.items():
             of_stage = [part for part in parts if part.stage == stage]
             if not of_stage:
                 continue
             total = sum(part.num_bytes for part in of_stage)
             note = "  <- the greediest stage" if stage == top and stage != "always" else ""
-            yield f"  {_stage_name(stage):<45}{_size(total):>12}{note}"
+            title = when if stage == "always" else f"and {when}"
+            yield f"  {title:<45}{in_words(total):>12}{note}"
             yield from (_part_line(part) for part in sorted(of_stage, key=lambda p: -p.num_bytes))
         peak = peak_bytes(parts, place, with_reclaimable=False)
-        yield f"  {'at most at once, mapped files left out':<45}{_size(peak):>12}"
+        yield f"  {'at most at once, mapped files left out':<45}{in_words(peak):>12}"
 
 
 def _part_line(part: Part) -> str:
     mapped = ", may be reclaimed" if part.reclaimable else ""
-    return f"    {part.name:<43}{_size(part.num_bytes):>12}  {part.origin}{mapped}"
+    return f"    {part.name:<43}{in_words(part.num_bytes):>12}  {part.origin}{mapped}"
 
 
 def _disk_lines(prediction: Prediction) -> Iterator[str]:
     yield "\ndisk, all ranks together"
     for part in prediction.disk:
         where = "" if part.where == "run" else "  under nvme_path"
-        yield f"    {part.name:<43}{_size(part.num_bytes):>12}{where}"
+        yield f"    {part.name:<43}{in_words(part.num_bytes):>12}{where}"
 
 
 def _work_lines(prediction: Prediction) -> Iterator[str]:
@@ -211,13 +203,13 @@ def _work_lines(prediction: Prediction) -> Iterator[str]:
         yield f"    {name:<43}{_flops(value):>12}"
     ranks = workload.world_size
     shared = [("the final evaluation", evaluation_flops(prediction.recipe, workload, cost))]
-    if prediction.recipe.mining.every_epochs:
+    if workload.num_minings:
         shared.append(("a mining, exact search", mining_flops(workload, cost)))
     for name, value in shared:
         yield f"    {name:<43}{_flops(value // ranks):>12}"
     yield "\ntraffic of one rank in a step"
     for move in traffic:
-        yield f"    {f'{move.link}: {move.name}':<56}{_size(move.num_bytes):>12}"
+        yield f"    {f'{move.link}: {move.name}':<56}{in_words(move.num_bytes):>12}"
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
@@ -238,18 +230,17 @@ def _time_lines(plan: Plan) -> Iterator[str]:
 
 
 def _verdict_lines(plan: Plan) -> Iterator[str]:
-    names = {"host": "host memory", "device": "accelerator memory", "disk": "disk"}
     yield "\nwill it fit"
     for need in plan.needs:
-        name = names[need.place]
+        name = "disk" if need.place == "disk" else PLACES[need.place]
         if need.place == "host" and plan.room.ranks > 1:
             name += f", {plan.room.ranks} ranks"
         if need.there_bytes is None:
             verdict = "room not known"
         else:
             answer = "no" if need.cannot_fit else "yes" if need.fits else "perhaps not"
-            verdict = f"of {_size(need.there_bytes).strip()} there: {answer}"
-        yield f"    {name:<30}{_size(need.needed_bytes):>12} {verdict}"
+            verdict = f"of {in_words(need.there_bytes)} there: {answer}"
+        yield f"    {name:<30}{in_words(need.needed_bytes):>12} {verdict}"
     if plan.alternatives:
         yield "    what would fit: " + "; or ".join(plan.alternatives)
     elif not all(need.fits for need in plan.needs):
@@ -278,31 +269,15 @@ def _step(prediction: Prediction) -> tuple[StepFlops, list[Traffic]]:
             loss=_mean(f.loss for f in flops),
         ),
         [
-            replace(same[0], num_bytes=_mean(move.num_bytes for move in same))
+            replace(same[0], num_bytes=num_bytes)
             for same in zip(*traffic, strict=True)
+            if (num_bytes := _mean(move.num_bytes for move in same))
         ],
     )
 
 
 def _mean(values: Iterator[int] | Sequence[int]) -> int:
     return round(mean(values))
-
-
-def _stage_name(stage: Stage) -> str:
-    return {
-        "always": "all the time",
-        "step": "and in a training step",
-        "evaluation": "and in an evaluation",
-        "mining": "and while mining",
-        "checkpoint": "and while a checkpoint is written",
-    }[stage]
-
-
-def _size(num_bytes: int) -> str:
-    for exponent, unit in ((30, "GiB"), (20, "MiB")):
-        if num_bytes >= 1 << exponent:
-            return f"{num_bytes / 2**exponent:,.2f} {unit}"
-    return f"{num_bytes / 1024:,.2f} KiB"
 
 
 def _flops(value: float) -> str:

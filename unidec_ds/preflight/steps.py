@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-from unidec_ds.batch import Batch, make_batch
 from unidec_ds.config import Recipe, load_recipe
 from unidec_ds.data.prefetch import Prefetcher
+from unidec_ds.data.prepare import resolve_corpus
+from unidec_ds.ds_config import load_ds_config
 from unidec_ds.embedding import BLOCK, embed
 from unidec_ds.engine import start_engine
 from unidec_ds.exits import exit_with_message
-from unidec_ds.job import prepare_job
 from unidec_ds.monitor import StepTimer
 from unidec_ds.preflight.measure import Measured
 from unidec_ds.preflight.workload import with_random_shortlists
@@ -36,11 +36,13 @@ def take_steps(folder: Path) -> Measured:
     """Takes the steps that `folder` asks for, in this process."""
     request = json.loads((folder / "request.json").read_text())
     recipe = _only_steps(load_recipe(str(folder / "recipe.yaml")), request["steps"] + 1)
-    job = prepare_job(recipe, Path(request["ds_config"]), folder / "run")
-    engine = start_engine(job.ds_config, job.recipe.train.batch_size)
+    batch_size = recipe.train.batch_size
+    ds_config = load_ds_config(Path(request["ds_config"]), batch_size=batch_size, world_size=1)
+    corpus = resolve_corpus(recipe.corpus, recipe.encoder.name, recipe.encoder.max_length)
+    engine = start_engine(ds_config, batch_size)
     base_bytes = _status_bytes("VmRSS")
-    write_run(job.run, job.recipe, job.ds_config)
-    trainer = Trainer(job.recipe, job.ds_config, job.corpus, engine, job.run)
+    write_run(folder / "run", recipe, ds_config)
+    trainer = Trainer(recipe, ds_config, corpus, engine, folder / "run")
     step_s, tokens = _timed_steps(trainer)
     figures = Measured(
         step_s=median(step_s),
@@ -66,21 +68,9 @@ def _only_steps(recipe: Recipe, steps: int) -> Recipe:
 
 def _timed_steps(trainer: Trainer) -> tuple[list[float], list[int]]:
     """Returns the seconds and tokens of each of a trainer's steps but the first."""
-    recipe, corpus = trainer.recipe, trainer.corpus
-    planner = with_random_shortlists(trainer.planner, corpus, recipe)
-
-    def make_one(step: int) -> Batch:
-        return make_batch(
-            planner.plan(step),
-            corpus,
-            rank=0,
-            world_size=1,
-            encoder_chunk=recipe.train.encoder_chunk,
-            with_label_texts=recipe.objective.de != "none",
-        )
-
+    trainer.planner = with_random_shortlists(trainer.planner, trainer.corpus, trainer.recipe)
     seconds, tokens = [], []
-    with Prefetcher(make_one, 0, trainer.total_steps) as batches:
+    with Prefetcher(trainer.make_batch, 0, trainer.total_steps) as batches:
         for _ in range(trainer.total_steps):
             start = perf_counter()
             batch = next(batches).to(trainer.device)

@@ -81,9 +81,7 @@ def mining_flops(workload: Workload, cost: ModelCost) -> int:
 def evaluation_flops(recipe: Recipe, workload: Workload, cost: ModelCost) -> int:
     """Returns the FLOPs of the final evaluation, all ranks together."""
     sizes = workload.sizes
-    queries = sizes.test_queries or sizes.validation_queries
-    if recipe.evaluation.max_queries:
-        queries = min(queries, recipe.evaluation.max_queries)
+    queries = sizes.evaluated_queries(recipe)
     encoded = _encode_flops(cost, queries, sizes.query_tokens)
     encoded += _encode_flops(cost, sizes.labels_with_text, sizes.label_tokens)
     heads = sum(view != "unified" for view in trained_views(recipe))
@@ -99,13 +97,12 @@ def step_traffic(
     world_size: int,
     device_type: str,
 ) -> list[Traffic]:
-    """Returns what one rank moves in a step."""
-    moves = [
+    """Returns what one rank moves in a step; the same moves in every step, some of 0 bytes."""
+    return [
         *_row_traffic(recipe, ds_config, step, cost, device_type),
         *_optimizer_traffic(ds_config, cost, world_size, device_type),
         *_network_traffic(recipe, ds_config, step, cost, world_size),
     ]
-    return [move for move in moves if move.num_bytes]
 
 
 def _row_traffic(

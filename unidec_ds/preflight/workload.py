@@ -27,6 +27,7 @@ from unidec_ds.config import Recipe
 from unidec_ds.data.corpus import MAX_VALIDATION_QUERIES, Corpus
 from unidec_ds.data.pool import Planner
 from unidec_ds.errors import UserError
+from unidec_ds.mining.mine import mines_at
 
 _SAMPLE_STEPS = 4
 
@@ -55,6 +56,10 @@ class Sizes:
     """Of the prepared corpus on disk, mapped into memory; 0 if it is not there yet."""
     source: str
     """Where the sizes come from, in words."""
+
+    def evaluated_queries(self, recipe: Recipe) -> int:
+        """Returns the queries of the final evaluation."""
+        return recipe.evaluation.sampled(self.test_queries or self.validation_queries)
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Workload:
     world_size: int
     steps_per_epoch: int
     total_steps: int
+    num_minings: int
+    """Of the whole run; 0 if it does not mine."""
 
 
 def corpus_workload(corpus: Corpus, recipe: Recipe, world_size: int) -> Workload:
@@ -243,21 +250,26 @@ def _workload(
 ) -> Workload:
     steps_per_epoch = -(-sizes.trained_queries // recipe.train.batch_size)
     total = steps_per_epoch * recipe.train.epochs
+    total = min(total, recipe.train.max_steps or total)
     return Workload(
         sizes=sizes,
         steps=steps,
         world_size=world_size,
         steps_per_epoch=steps_per_epoch,
-        total_steps=min(total, recipe.train.max_steps or total),
+        total_steps=total,
+        num_minings=_num_minings(recipe, -(-total // steps_per_epoch)),
     )
+
+
+def _num_minings(recipe: Recipe, epochs: int) -> int:
+    return sum(mines_at(recipe.mining, epoch) for epoch in range(epochs))
 
 
 def _draws_hard_negatives(recipe: Recipe) -> bool:
     return (
-        recipe.mining.every_epochs > 0
-        and recipe.pool.num_hard_negatives > 0
+        recipe.pool.num_hard_negatives > 0
         and recipe.objective.pool == "psl"
-        and recipe.mining.start_epoch < recipe.train.epochs
+        and _num_minings(recipe, recipe.train.epochs) > 0
     )
 
 
