@@ -46,5 +46,5 @@ def save_run(inputs: Path, name: str = "run", *, step: int = 1, seed: int = 0, *
     write_run(run, recipe, load_ds_config(inputs / "ds_config.json", batch_size=12, world_size=1))
     details = {"corpus_fingerprint": corpus.fingerprint, "total_steps": 21}
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    checkpoint.save(run, step, tensors, table, keep=2, details=details)
+    checkpoint.Save(run, step, tensors, table, keep=2, details=details).finish()
     return run

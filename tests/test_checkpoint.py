@@ -14,8 +14,9 @@ import torch
 from ranks import run_ranks
 
 from unidec_ds import checkpoint, comm
+from unidec_ds.classifier.config import ClassifierConfig
 from unidec_ds.classifier.storage import Placement
-from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
+from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.errors import CheckpointError, SaveError
 from unidec_ds.manifest import ENCODER_FILE, load_tensors, read_manifest
 
@@ -40,7 +41,8 @@ def make_table(seed=0, num_labels=11):
 
 def save(folder, step, keep=2, seed=0):
     table = make_table(seed)
-    return checkpoint.save(Path(folder), step, ENCODER, table, keep=keep, details={"note": "x"})
+    details = {"note": "x"}
+    return checkpoint.Save(Path(folder), step, ENCODER, table, keep=keep, details=details).finish()
 
 
 def read_all(folder):

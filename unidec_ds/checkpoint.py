@@ -82,17 +82,10 @@ class Best:
     """What it scored, in percent."""
 
 
-def save(
-    run: Path,
-    step: int,
-    encoder_tensors: Mapping[str, Tensor],
-    table: ClassifierTable,
-    *,
-    keep: int,
-    details: Mapping[str, Any],
-) -> Path:
-    """Writes the checkpoint of the state after `step` steps; returns its folder.
+class Save:
+    """The checkpoint of the state after `step` steps, written while further steps are taken.
 
+    Making one begins to write in a thread of its own; `finish` waits and makes it a checkpoint.
     Checkpoints of later steps, which a resume from an earlier one has left behind, are removed.
 
     Args:
@@ -104,19 +97,11 @@ def save(
         details: further entries of the manifest (plain data).
 
     Raises:
-        SaveError: on every rank, if one of them could not write, such as to a full disk. What was
-            written is removed, and older checkpoints are as they were.
+        SaveError: by `finish` or here, on every rank, if one of them could not write, such as to a
+            full disk. What was written is removed, and older checkpoints are as they were.
 
-    Collectives: three gathers of file names; every rank must call.
-    """
-    return Save(run, step, encoder_tensors, table, keep=keep, details=details).finish()
-
-
-class Save:
-    """A save that writes its files in a thread of its own while steps are taken.
-
-    Arguments, errors and collectives are those of `save`, shared by making it and `finish`; every
-    rank must make one and `finish` it before the next.
+    Collectives: three gathers of file names, here and in `finish`; every rank must make one and
+    `finish` it before the next.
     """
 
     def __init__(
@@ -339,12 +324,10 @@ def _step_of(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def load_rows(
-    checkpoint: Path, manifest: Mapping[str, Any], table: ClassifierTable, *, verify: bool = True
-) -> None:
+def load_rows(checkpoint: Path, manifest: Mapping[str, Any], table: ClassifierTable) -> None:
     """Fills this rank's table from the shards of a checkpoint made at any world size.
 
-    `verify` is as for `load_tensors`.
+    Their checksums are not compared again: `find_damage` is for that.
 
     Raises:
         CheckpointError: the checkpoint has other labels or another width.
@@ -358,9 +341,9 @@ def load_rows(
     saved_ranks = manifest["world_size"]
     if saved_ranks == comm.world_size():
         name = rows_file(comm.rank(), saved_ranks)
-        table.load_state(load_tensors(checkpoint, manifest, name, verify=verify))
+        table.load_state(load_tensors(checkpoint, manifest, name, verify=False))
         return
     for rank in range(saved_ranks):
         name = rows_file(rank, saved_ranks)
-        shard = load_tensors(checkpoint, manifest, name, verify=verify)
+        shard = load_tensors(checkpoint, manifest, name, verify=False)
         table.load_shard(shard, rank, saved_ranks)

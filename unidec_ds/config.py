@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from unidec_ds.checkpoint import CheckpointConfig
-from unidec_ds.classifier.table import ClassifierConfig
+from unidec_ds.classifier.config import ClassifierConfig
 from unidec_ds.data.corpus import CorpusConfig
 from unidec_ds.data.pool import BatchesConfig, PoolConfig
 from unidec_ds.encoders import EncoderConfig

@@ -48,7 +48,7 @@ class Saver:
         step = int(manifest["step"])
         tensors = load_tensors(folder, manifest, ENCODER_FILE, verify=False)
         self._engine.load_state(tensors, step)
-        checkpoint.load_rows(folder, manifest, self._table, verify=False)
+        checkpoint.load_rows(folder, manifest, self._table)
         if folder.resolve() == checkpoint.place(self._run, step).resolve():
             self.saved_step = step
         return step
@@ -59,7 +59,7 @@ class Saver:
         Raises:
             SaveError: on every rank.
 
-        Collectives: those of `Engine.state` and `checkpoint.save`; every rank must call.
+        Collectives: those of `Engine.state` and `checkpoint.Save`; every rank must call.
         """
         self.begin(step)
         self.finish()

@@ -81,12 +81,12 @@ def put(made: Path, path: Path, record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a derived file; says so if another process is making it.
+    """Holds the lock of a derived file or folder; says so if another process is making it.
 
     Raises:
         OSError: the folder cannot be made or written to.
     """
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import BertConfig, BertModel
 
-from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable, Placement
+from unidec_ds.classifier.config import ClassifierConfig
+from unidec_ds.classifier.storage import Placement
+from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.losses import Targets, head_loss
 from unidec_ds.model import Chunk, ModelConfig, UniDEC
 

@@ -135,7 +135,7 @@ def save_fresh_run(folder: Path) -> Path:
     write_recipe(recipe, run / "config.yaml")
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     details = {"corpus_fingerprint": corpus.fingerprint, "total_steps": 1}
-    checkpoint.save(run, 0, tensors, table, keep=1, details=details)
+    checkpoint.Save(run, 0, tensors, table, keep=1, details=details).finish()
     return run
 
 

@@ -133,7 +133,8 @@ def new_table(row_format: str, num_labels: int, width: int, placement: Any) -> A
     """Returns a whole classifier table, on one rank."""
     import torch
 
-    from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable
+    from unidec_ds.classifier.config import ClassifierConfig
+    from unidec_ds.classifier.table import ClassifierTable
 
     return ClassifierTable(
         num_labels=num_labels, width=width, rank=0, world_size=1,
@@ -176,10 +177,10 @@ def train(scratch: Path, row_format: str, settings: dict[str, int]) -> Figures:
     figures["trained_anon_gib"] = memory_gib("RssAnon") - before["anon"]
 
     clock = Clock()
-    saved = checkpoint.save(
-        run, trainer.step, engine.state(), trainer.table, keep=1,
-        details={"corpus_fingerprint": job.corpus.fingerprint, "total_steps": trainer.total_steps},
-    )  # fmt: skip
+    details = {"corpus_fingerprint": job.corpus.fingerprint, "total_steps": trainer.total_steps}
+    saved = checkpoint.Save(
+        run, trainer.step, engine.state(), trainer.table, keep=1, details=details
+    ).finish()
     figures |= clock.seconds("checkpoint")
     figures["checkpoint_gib"] = folder_gib(saved)
     figures["checkpoint_anon_gib"] = memory_gib("RssAnon") - before["anon"]

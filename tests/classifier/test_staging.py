@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from unidec_ds.classifier import partition
+from unidec_ds.classifier.config import ClassifierConfig
 from unidec_ds.classifier.row_formats import FORMATS
 from unidec_ds.classifier.staging import Staging
-from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable, Placement
+from unidec_ds.classifier.storage import Placement
+from unidec_ds.classifier.table import ClassifierTable
 
 L, D, STEPS = 61, 12, 24
 CPU = torch.device("cpu")

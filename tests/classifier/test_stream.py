@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from unidec_ds.classifier.config import ClassifierConfig
+from unidec_ds.classifier.storage import Placement
 from unidec_ds.classifier.stream import block_size, train_by_block
-from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable, Placement
+from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.losses import head_loss
 from unidec_ds.targets import Targets
 

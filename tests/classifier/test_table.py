@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unidec_ds.classifier import capacity, partition, snapshot
+from unidec_ds.classifier.config import ClassifierConfig
 from unidec_ds.classifier.native import native_library
 from unidec_ds.classifier.row_copy import TorchCopier, native_copier
 from unidec_ds.classifier.row_formats import (
@@ -24,8 +25,8 @@ from unidec_ds.classifier.row_formats import (
     rounding_row_keys,
     xavier_rows,
 )
-from unidec_ds.classifier.storage import Column
-from unidec_ds.classifier.table import ClassifierConfig, ClassifierTable, Placement
+from unidec_ds.classifier.storage import Column, Placement
+from unidec_ds.classifier.table import ClassifierTable
 from unidec_ds.durable import sha256, stream_tensors
 from unidec_ds.errors import CheckpointError, UserError
 

@@ -14,13 +14,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from unidec_ds.data.build import build
 from unidec_ds.data.corpus import (
@@ -36,6 +33,7 @@ from unidec_ds.data.formats import RawCorpus, recognise
 from unidec_ds.data.quarantine import Quarantine
 from unidec_ds.encoders import load_tokenizer
 from unidec_ds.errors import CorpusError, UserError
+from unidec_ds.stamp import locked
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +102,7 @@ def prepare(
         raise UserError(f"{quarantine}: in the corpus's own folder; name a file elsewhere.")
     if _holds(out_dir, fingerprint, quarantine):
         return open_corpus(out_dir)
-    with _locked(out_dir):
+    with locked(out_dir):
         if not _holds(out_dir, fingerprint, quarantine):
             manifest = {"name": raw_dir.resolve().name, "fingerprint": fingerprint, **settings}
             _build_beside(out_dir, raw, tokenizer, manifest, show_progress, quarantine)
@@ -239,22 +237,6 @@ def _say_what_was_found(raw: RawCorpus, corpus: Corpus, quarantine: Path | None)
         said += [*corpus.describe_put_aside(), f"    they are in {quarantine}"]
     if said:
         logger.warning("%s:\n%s", corpus.name, "\n".join(said))
-
-
-@contextmanager
-def _locked(out_dir: Path) -> Iterator[None]:
-    """Holds the lock of a corpus folder; says so if another process has it."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir.with_name(f".{out_dir.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning("waiting for another process that is preparing %s", out_dir)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build_beside(
