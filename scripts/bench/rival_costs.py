@@ -43,7 +43,7 @@ class PublicSet(NamedTuple):
     labels: int
 
 
-DISTILBERT = Encoder(768, 6, 3072)
+DISTILBERT, DISTILBERT_PARAMETERS = Encoder(768, 6, 3072), 66_362_880
 SETS = (
     PublicSet("LF-AmazonTitles-131K", 294_805, 131_073),
     # Train queries: those of LF-WikiSeeAlso-320K, its full-text twin.
@@ -124,6 +124,7 @@ def epoch_rows(rates: dict[str, float]) -> list[dict[str, Any]]:
                 step = epoch_step_flops(system, public, recipe)
                 extra = mining // MINING_EVERY_EPOCHS if system == "psl" else 0
                 epoch = (steps * step + extra) / gpus
+                sent = comm_bytes(batch, width, system) + engine_comm_bytes(width)
                 ours.setdefault(gpus, (epoch, epoch / rate))
                 made.append(
                     {
@@ -134,11 +135,12 @@ def epoch_rows(rates: dict[str, float]) -> list[dict[str, Any]]:
                         "step_s": step / gpus / rate,
                         "peak_bytes": per_label_bytes[system] * width // gpus,
                         "flops": step / gpus,
-                        "comm_bytes": comm_bytes(batch, width, system) if gpus > 1 else 0,
+                        "comm_bytes": sent if gpus > 1 else 0,
                         "epoch_flops": epoch,
                         "epoch_s": epoch / rate,
                         "times_unidec_flops": epoch / ours[gpus][0],
                         "times_unidec_s": epoch / rate / ours[gpus][1],
+                        "times_unidec_on_one_s": epoch / rate / ours[1][1],
                     }
                 )
     return made
@@ -180,6 +182,11 @@ def comm_bytes(queries: int, width: int, system: str) -> int:
     flags = 2 + len(SIGNALS)  # a gradient that is not finite, a save under way, a request to stop
     floats = 4 * queries * width + 3 * queries * logsumexps + 1 + (2 + l2q) * heads + flags
     return 4 * floats
+
+
+def engine_comm_bytes(width: int) -> int:
+    """Returns what DeepSpeed hands over in a step: gradients and new weights in bf16."""
+    return 2 * 2 * (DISTILBERT_PARAMETERS + 2 * width * width)
 
 
 def variant_of(system: str) -> Recipe:

@@ -145,6 +145,8 @@ def train_on_rank(recipe_path: str, run: str, system: str, num_steps: int) -> Fi
     encoded = forward_flops(sizes, [tuple(chunk.input_ids.shape) for chunk in last.chunks])
     own = {"labels": len(last.own_pool), "text_labels": len(last.own_pool_with_text)}
     rows = max(1, recipe.train.loss_block_bytes // (4 * len(last.plan.query_ids)))
+    alone = comm.world_size() == 1  # what is handed over then goes nowhere
+    sent = {who: 0 if alone else median(step[who] for step in handed) for who in handed[0]}
     figures = {
         "step_s": median(seconds),
         "peak_bytes": peak,
@@ -158,8 +160,9 @@ def train_on_rank(recipe_path: str, run: str, system: str, num_steps: int) -> Fi
             blocks=(-(-own["text_labels"] // rows), -(-own["labels"] // rows)),
             **own,
         ),
-        "comm_bytes": median(step["unidec_ds"] for step in handed),
-        "engine_bytes": median(step["engine"] for step in handed),
+        "comm_bytes": sum(sent.values()),
+        "own_comm_bytes": sent["unidec_ds"],
+        "engine_comm_bytes": sent["engine"],
         "pool": len(last.plan.label_ids),
     }
     if system != "zero_offload":

@@ -16,13 +16,14 @@ each run in processes of its own.
 `step_s` is the median over the steps after the first, on rank 0. `peak_bytes` is the most resident
 memory of a rank, the imported libraries included. `flops` are the matrix products of a step, which
 torch counts in one more step, of all ranks together; the formula is `rival_costs.step_flops`.
-`comm_bytes` is what `unidec_ds.comm` hands over on a rank in a step, `engine_bytes` what DeepSpeed
-does. Sizes whose run would take longer than --limit seconds, or more memory than is free, are
-extrapolated in a straight line from the two largest sizes measured, and marked.
+`comm_bytes` is what a rank hands to collectives in a step: `own_comm_bytes` by `unidec_ds.comm`,
+`engine_comm_bytes` by DeepSpeed for all that is its parameter. Sizes whose run would take longer
+than --limit seconds, or more memory than is free, are extrapolated in a straight line from the two
+largest sizes measured, and marked.
 
 The last table is the paper's claim: an epoch of the rivals against UniDEC's on three public sets,
 FLOPs by formula with the recipes' encoder, batch and pool, and time at the rate of FLOPs that each
-system reached above at its largest measured size.
+system reaches here with an encoder of --rate-width, on one rank.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ FULL, QUICK = (10_000, 30_000, 100_000, 300_000, 1_000_000), (1_000, 3_000)
 QUICK_SYSTEMS = ("psl", "dexml", "renee")
 MEMORY_SHARE = 0.8
 NAMES = {"psl": "UniDEC", "dexml": "DEXML", "renee": "Renee"}
-GROWS_WITH_LABELS = ("step_s", "peak_bytes", "flops", "formula_flops")
+GROWS_WITH_LABELS = ("step_s", "peak_bytes", "flops", "formula_flops", "comm_bytes",
+                     "own_comm_bytes", "engine_comm_bytes")  # fmt: skip
+RATE_WIDTH, RATE_LABELS = 768, {"psl": 3_000, "dexml": 3_000, "renee": 100_000}
 
 
 def measure_all(
@@ -92,15 +95,38 @@ def extrapolate(known: list[Figures], labels: int) -> Figures:
     return {**large, **grown, "pool": labels if scores_all else large["pool"]}
 
 
+def flop_rates(work: Path, figures: list[Figures], args: Any) -> dict[str, float]:
+    """Returns the FLOPs a second of UniDEC, DEXML and Renee; empty if one was not measured."""
+    if not args.rate_width:
+        measured = {
+            f["system"]: f for f in figures if f["world_size"] == 1 and not f["extrapolated"]
+        }
+    elif set(RATE_LABELS) <= {f["system"] for f in figures}:
+        measured = {}
+        for system, labels in RATE_LABELS.items():
+            make_corpus(work, labels, args.rate_width)
+            path = recipe_file(work, system, labels, args.batch_size, args.pool_size)
+            measured[system] = measure(path, system, 1, args.steps)
+    else:
+        return {}
+    if not set(RATE_LABELS) <= set(measured):
+        return {}
+    return {name: measured[name]["flops"] / measured[name]["step_s"] for name in RATE_LABELS}
+
+
 def page(figures: list[Figures], epochs: list[Figures], args: Any) -> str:
     """Returns the tables."""
+    rates_note = "the figures above"
+    if args.rate_width:
+        sizes = ", ".join(f"{NAMES[name]} {labels:,}" for name, labels in RATE_LABELS.items())
+        rates_note = f"a two-layer encoder of width {args.rate_width} (labels: {sizes})"
     rows = [
         [
             *(f["system"], f"{f['labels']:,}{' *' if f['extrapolated'] else ''}"),
             *(str(f["world_size"]), f"{f['pool']:,}", f"{1e3 * f['step_s']:,.0f}"),
             *(f"{f['peak_bytes'] / 2**20:,.0f}", f"{f['flops'] / 1e9:,.2f}"),
-            *(f"{f['formula_flops'] / f['flops']:.3f}", f"{f['comm_bytes']:,.0f}"),
-            f"{f['engine_bytes']:,.0f}",
+            *(f"{f['formula_flops'] / f['flops']:.3f}", f"{f['own_comm_bytes']:,.0f}"),
+            f"{f['engine_comm_bytes']:,.0f}",
         ]
         for f in figures
     ]
@@ -130,10 +156,12 @@ def page(figures: list[Figures], epochs: list[Figures], args: Any) -> str:
             "## An epoch on the public sets",
             "",
             "DistilBERT, the recipes' batch, pool and text length; FLOPs by formula, hours at the "
-            "rate of FLOPs that the system reached above, so of this machine's and without "
-            "communication. `labels GiB` is what a GPU holds of the labels: UniDEC's pool "
-            "(vectors, rows and their gradients), DEXML's vectors and gradients, Renee's rows and "
-            "momentum (which an offloading ds_config puts on the host).",
+            f"rate of FLOPs that the system reached on one rank with {rates_note}, so of this "
+            "machine's and without communication. `MiB sent` is handed to collectives, nearly all "
+            "of it gradients and weights of the encoder, in bf16. `labels GiB` is what a GPU holds "
+            "of the labels: UniDEC's pool (vectors, rows and their gradients), DEXML's vectors and "
+            "gradients, Renee's rows and momentum (which an offloading ds_config puts on the "
+            "host).",
             "",
             results.table(claimed, claim, texts=2),
             "",
@@ -154,6 +182,13 @@ def conclusions(epochs: list[Figures]) -> list[str]:
         part = [f for f in epochs if f["system"] == f"epoch:{system}" and f["world_size"] == 1]
         ratios = ", ".join(f"{f['times_unidec_flops']:.2f} on {f['set']}" for f in part)
         said.append(f"- {NAMES[system]}'s epoch takes this many times UniDEC's FLOPs: {ratios}.")
+    for system in ("dexml", "renee"):
+        part = [f for f in epochs if f["system"] == f"epoch:{system}" and f["world_size"] == 16]
+        ratios = ", ".join(f"{f['times_unidec_on_one_s']:.2f} on {f['set']}" for f in part)
+        said.append(
+            f"- {NAMES[system]}'s epoch on 16 GPUs takes this many times as long as UniDEC's on "
+            f"one, and 16 times that in GPU hours: {ratios}."
+        )
     said.append(
         "- Renee encodes no label's text, so it takes fewer FLOPs than UniDEC, and memory and its "
         "traffic for all rows instead. Its published figures start from an encoder that NGAME "
@@ -189,6 +224,11 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], metavar="W")
     parser.add_argument("--width", type=int, default=64, help="of the encoder (default: 64)")
+    parser.add_argument(
+        "--rate-width",
+        type=int,
+        help="of the encoder for rates of FLOPs (default: 768; 0: --width)",
+    )
     parser.add_argument("--batch-size", type=int, default=None, help="default: 256")
     parser.add_argument("--pool-size", type=int, default=None, help="of psl (default: 1,024)")
     parser.add_argument("--steps", type=int, default=None, help="that count (default: 3)")
@@ -198,19 +238,15 @@ def main() -> None:
     args.batch_size = args.batch_size or (64 if args.quick else 256)
     args.pool_size = args.pool_size or (256 if args.quick else 1024)
     args.steps = args.steps or (2 if args.quick else 3)
+    if args.rate_width is None:
+        args.rate_width = 0 if args.quick else RATE_WIDTH
     systems = args.systems or (QUICK_SYSTEMS if args.quick else SYSTEMS)
     sizes = sorted(args.labels or (QUICK if args.quick else FULL))
     with tempfile.TemporaryDirectory(prefix="rivals_") as temporary:
-        figures = measure_all(args.work or Path(temporary), sizes, systems, args)
-    rates = {}
-    for system in ("psl", "dexml", "renee"):
-        measured = [
-            f for f in figures
-            if (f["system"], f["world_size"], f["extrapolated"]) == (system, 1, False)
-        ]  # fmt: skip
-        if measured:
-            rates[system] = measured[-1]["flops"] / measured[-1]["step_s"]
-    epochs = epoch_rows(rates) if len(rates) == 3 else []
+        work = args.work or Path(temporary)
+        figures = measure_all(work, sizes, systems, args)
+        rates = flop_rates(work / "wide", figures, args)
+    epochs = epoch_rows(rates) if rates else []
     results.publish(
         "rivals",
         args,
