@@ -372,7 +372,8 @@ def _background_save(
     recipe: Recipe, ds_config: DsConfig, workload: Workload, cost: ModelCost
 ) -> Iterator[Part]:
     """Yields what a save holds while steps go on: its copies, and the rows they change."""
-    if not (recipe.checkpoint.every_steps and recipe.checkpoint.in_background):
+    config = recipe.checkpoint
+    if not (config.in_background and 0 < config.every_steps < workload.total_steps):
         return
     yield from _checkpoint(recipe, ds_config, workload, cost, "step")
     if table_placement(ds_config).kind != "device":
