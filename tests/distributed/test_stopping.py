@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks
-from stopping import PRELOAD, train
+from stopping import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_inputs, write_recipe_file
 from training import read_losses
@@ -36,7 +36,7 @@ def launch(inputs, run, world_size=2, resume=None, ds_config=None, sections=SECT
         ds_file = inputs / f"{run.name}.json"
         ds_file.write_text(json.dumps(ds_config))
     arguments = (str(recipe), str(ds_file), str(run), resume, *happening.values())
-    return run_ranks(world_size, train, *arguments, join=False, preload=PRELOAD)
+    return run_ranks(world_size, train, *arguments, join=False)
 
 
 def happens(what, during="step", at=0, on_rank=1):
