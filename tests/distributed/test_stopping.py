@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from stopping import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_inputs, write_recipe_file
+from tiny import DS_CONFIG, make_inputs, write_recipe_file
 from training import read_losses
 
 from unidec_ds import checkpoint
@@ -26,7 +26,12 @@ SECTIONS = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    # Deterministic, torch fills what it allocates, and DeepSpeed's buffer of gradients on their way
+    # has 2 GB if not told otherwise: a second a step.
+    zero = {**DS_CONFIG["zero_optimization"], "reduce_bucket_size": 100_000}
+    (folder / "ds_config.json").write_text(json.dumps({**DS_CONFIG, "zero_optimization": zero}))
+    return folder
 
 
 def launch(inputs, run, world_size=2, resume=None, ds_config=None, sections=SECTIONS, **happening):
