@@ -1,9 +1,10 @@
 """What every rank of `ranks.run_ranks` has imported when it is forked, and nothing else."""
 
-import functools
 import importlib
 
 import cpuinfo
+
+from unidec_ds.extensions import remember_cpu_flags
 
 for name in (
     "accelerate",
@@ -15,7 +16,6 @@ for name in (
 ):
     importlib.import_module(name)
 
-# DeepSpeed asks for the CPU's flags twice a kernel, each time from an interpreter of its own that
-# takes a second. They are the machine's.
-cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+# The flags are the machine's, so one process can ask for all ranks.
+remember_cpu_flags()
 cpuinfo.get_cpu_info()
