@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-PRELOAD = ("deepspeed", "accelerate", "transformers", "tensorboard", "unidec_ds.job")
 METHODS = {"step": "train_step", "evaluation": "evaluate"}
 
 

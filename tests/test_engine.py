@@ -4,7 +4,11 @@ import platform
 import subprocess
 import sys
 
+import cpuinfo
 import pytest
+from deepspeed.ops.op_builder import CPUAdamBuilder
+
+from unidec_ds.extensions import remember_cpu_flags
 
 COUNT_FAULTS = """
 import resource
@@ -33,3 +37,14 @@ def test_freed_memory_is_used_again_without_page_faults():
     given_back, kept = map(int, done.stdout.split())
     assert given_back > 4 * 32  # huge pages at the best: 32 a tensor
     assert kept < given_back / 10
+
+
+def test_the_cpus_flags_are_asked_for_once_for_all_kernels(monkeypatch):
+    ask, answers = cpuinfo.get_cpu_info, []
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: answers.append(ask()) or answers[-1])
+    for _ in range(2):
+        remember_cpu_flags()
+        assert CPUAdamBuilder().cpu_arch().startswith(("-march", "-mcpu"))
+        assert CPUAdamBuilder().simd_width().startswith("-D__")
+    assert len(answers) == 1
+    assert answers[0]["arch"]

@@ -16,24 +16,23 @@ DS_CONFIG = {
 
 
 def bert_config(**settings: float) -> BertConfig:
-    """Returns a two-layer BERT of width 16 over `WORDS`."""
+    """Returns a BERT of width 16 over `WORDS`, of two layers unless `settings` say otherwise."""
     return BertConfig(
         vocab_size=len(WORDS) + 4,
         hidden_size=16,
-        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
         pad_token_id=0,
-        **settings,
+        **{"num_hidden_layers": 2, **settings},
     )
 
 
-def make_encoder(folder: Path) -> str:
-    """Saves a two-layer BERT of width 16 with its tokenizer; returns its folder."""
+def make_encoder(folder: Path, **settings: float) -> str:
+    """Saves the BERT of `bert_config` with its tokenizer; returns its folder."""
     save_tokenizer(folder)
     torch.manual_seed(0)
-    BertModel(bert_config(), add_pooling_layer=False).save_pretrained(folder)
+    BertModel(bert_config(**settings), add_pooling_layer=False).save_pretrained(folder)
     return str(folder)
 
 
@@ -43,9 +42,9 @@ def make_raw_corpus(folder: Path, **sizes: int) -> str:
     return str(folder)
 
 
-def make_inputs(folder: Path) -> Path:
+def make_inputs(folder: Path, **encoder: float) -> Path:
     """Makes encoder, corpus and ds_config under `folder`; returns `folder`."""
-    make_encoder(folder / "encoder")
+    make_encoder(folder / "encoder", **encoder)
     make_raw_corpus(folder / "raw")
     (folder / "ds_config.json").write_text(json.dumps(DS_CONFIG))
     return folder

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from unidec_ds import comm
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import ConfigError, UserError
-from unidec_ds.extensions import compiler, use_own_build_folder
+from unidec_ds.extensions import compiler, remember_cpu_flags, use_own_build_folder
 from unidec_ds.lifeline import DEFAULT_TIMEOUT
 from unidec_ds.optim import LearningRates, OptimizerConfig, parameter_groups
 
@@ -348,6 +348,7 @@ def _prepare_kernel_builds() -> None:
     import deepspeed
 
     folder = use_own_build_folder()
+    remember_cpu_flags()
     if compiler() is None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     elif launched_rank() == 0 and not list(folder.glob("**/*.so")):

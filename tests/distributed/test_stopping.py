@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks
-from stopping import PRELOAD, train
+from stopping import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_inputs, write_recipe_file
+from tiny import DS_CONFIG, make_inputs, write_recipe_file
 from training import read_losses
 
 from unidec_ds import checkpoint
@@ -26,7 +26,12 @@ SECTIONS = {
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    # Deterministic, torch fills what it allocates, and DeepSpeed's buffer of gradients on their way
+    # has 2 GB if not told otherwise: a second a step.
+    zero = {**DS_CONFIG["zero_optimization"], "reduce_bucket_size": 100_000}
+    (folder / "ds_config.json").write_text(json.dumps({**DS_CONFIG, "zero_optimization": zero}))
+    return folder
 
 
 def launch(inputs, run, world_size=2, resume=None, ds_config=None, sections=SECTIONS, **happening):
@@ -36,7 +41,7 @@ def launch(inputs, run, world_size=2, resume=None, ds_config=None, sections=SECT
         ds_file = inputs / f"{run.name}.json"
         ds_file.write_text(json.dumps(ds_config))
     arguments = (str(recipe), str(ds_file), str(run), resume, *happening.values())
-    return run_ranks(world_size, train, *arguments, join=False, preload=PRELOAD)
+    return run_ranks(world_size, train, *arguments, join=False)
 
 
 def happens(what, during="step", at=0, on_rank=1):

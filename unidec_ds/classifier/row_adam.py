@@ -35,7 +35,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from unidec_ds.errors import UserError
-from unidec_ds.extensions import compiler, use_own_build_folder
+from unidec_ds.extensions import compiler, remember_cpu_flags, use_own_build_folder
 
 KernelName = Literal["cpu_adam", "torch"]
 PackedStep = Callable[[Tensor, Tensor, Tensor, Tensor, float, float, float], None]
@@ -160,6 +160,7 @@ def _build_cpu_adam() -> Any | None:
     from torch.utils.cpp_extension import _get_build_directory, is_ninja_available
 
     use_own_build_folder()
+    remember_cpu_flags()
     if compiler() is None or not is_ninja_available():
         warnings.warn(
             f"NO C++ COMPILER ({os.environ.get('CXX', 'c++')}) OR NO ninja ON THIS MACHINE: "
