@@ -69,7 +69,7 @@ def measure_cases(folder: str) -> dict[str, Measured]:
     for name in CASES:
         trainer = make_trainer(inputs / f"{name}.yaml", inputs / "ds_config.json", inputs / name)
         timer = StepTimer(trainer.device, synchronize=False)
-        loss = trainer.train_step(trainer._make_batch(0), timer).losses["loss"]
+        loss = trainer.train_step(trainer.make_batch(0), timer).losses["loss"]
         trainer.step = 1
         state, rows = trainer.engine.state(), trainer.table.state()
         moments = {key: value for key, value in state.items() if key.endswith("exp_avg")}
@@ -77,7 +77,7 @@ def measure_cases(folder: str) -> dict[str, Measured]:
         del state, rows
         gc.collect()
         tracemalloc.start()
-        batch = trainer._make_batch(1)
+        batch = trainer.make_batch(1)
         batch_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         step_bytes = most_allocated_bytes(

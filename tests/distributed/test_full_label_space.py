@@ -88,7 +88,7 @@ def train_cases(folder: str) -> dict[str, Trained]:
                 make_batch = trainer.make_batch
             else:
                 trainer = Trainer(recipe, job.ds_config, job.corpus, engine, run)
-                make_batch = trainer._make_batch
+                make_batch = trainer.make_batch
             if name == "psl_of_all":
                 num_queries = job.corpus.positives["train"].num_rows
                 every = np.tile(np.arange(NUM_LABELS, dtype=np.int32), (num_queries, 1))

@@ -121,7 +121,7 @@ def train_case(inputs: Path, name: str) -> dict[str, Any]:
     for step in range(STEPS):
         if name == MINED and step and step % trainer.planner.steps_per_epoch == 0:
             trainer.planner = with_supplied_mining(trainer, inputs / "supplied")
-        batch = trainer._make_batch(step)
+        batch = trainer.make_batch(step)
         losses.append(trainer.train_step(batch, timer).losses["loss"])
         hard_negatives.append(batch.plan.num_hard_negatives)
         trainer.step += 1
