@@ -43,7 +43,7 @@ from torch import Tensor
 
 from unidec_ds.classifier.capacity import host_free_bytes
 from unidec_ds.classifier.row_formats import bytes_per_label
-from unidec_ds.classifier.table import Placement
+from unidec_ds.classifier.storage import Placement
 
 NAMES = {
     "row_sparse": "unidec_ds",

@@ -347,6 +347,3 @@ def _describe(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
         f"{name} {list(shape)} {str(dtype).removeprefix('torch.')}"
         for name, (shape, dtype) in sorted(tensors.items())
     )
-
-
-__all__ = ["ClassifierConfig", "ClassifierTable", "Placement"]
