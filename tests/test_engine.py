@@ -4,8 +4,15 @@ import platform
 import subprocess
 import sys
 
+from pathlib import Path
+
 import pytest
 
+from unidec_ds.ds_config import load_ds_config
+from unidec_ds.engine import check_launch
+from unidec_ds.errors import UserError
+
+CPU = Path(__file__).parents[1] / "ds_configs" / "cpu.json"
 COUNT_FAULTS = """
 import resource
 import torch
@@ -33,3 +40,22 @@ def test_freed_memory_is_used_again_without_page_faults():
     given_back, kept = map(int, done.stdout.split())
     assert given_back > 4 * 32  # huge pages at the best: 32 a tensor
     assert kept < given_back / 10
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_no_launcher_has_made_ranks_do_not_train_each_alone(no_launcher, name):
+    ds_config = load_ds_config(CPU, batch_size=8, world_size=1)
+    no_launcher.setenv(name, "1")
+    check_launch(ds_config, batch_size=8)
+    no_launcher.setenv(name, "8")
+    with pytest.raises(UserError, match=rf"8 processes were started \({name}\).*launch\.sh"):
+        check_launch(ds_config, batch_size=8)
+    no_launcher.setenv("WORLD_SIZE", "2")  # by torchrun, in one of the tasks
+    check_launch(ds_config, batch_size=8)
