@@ -3,7 +3,6 @@
 import platform
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
