@@ -3,9 +3,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/environment.sh"
 source "$root/scripts/nodes.sh"
-# SLURM's early warning goes to every process of a job step. It is for the ranks alone: what is
-# ignored here, a launcher ignores too, and training listens to it again.
-trap '' USR1
+source "$root/scripts/supervise.sh"
+trap '' USR1 # SLURM's early warning; until there is a launcher there is nothing to save
 
 usage() {
   cat <<'USAGE'
@@ -26,7 +25,7 @@ is there and goes on where the first one stopped.
   --install          only install
   --dry-run          print the commands instead of running them; installs nothing
 
-In a SLURM job of several nodes the nodes are known: `srun` starts this script on each of them.
+In a SLURM job the nodes are known: `srun` starts this script on each of them.
 docs/clusters.md has the commands for one GPU, eight, and two nodes of eight.
 
 Every other option is passed on to train.py and replaces the default, which is
@@ -202,8 +201,8 @@ print_commands() {
     return
   fi
   print_command "${srun[@]}"
-  for node_rank in "${!hosts[@]}"; do
-    echo "# which on ${hosts[node_rank]} runs:"
+  for node_rank in "${!slurm_nodes[@]}"; do
+    echo "# which on ${slurm_nodes[node_rank]} runs:"
     print_node_commands
   done
 }
@@ -214,7 +213,7 @@ fi
 find_nodes
 srun=
 if needs_srun; then # one task a node: this script again
-  srun=(srun --nodes "${#hosts[@]}" --ntasks "${#hosts[@]}" --ntasks-per-node 1)
+  srun=(srun --nodes "${#slurm_nodes[@]}" --ntasks "${#slurm_nodes[@]}" --ntasks-per-node 1)
   srun+=(${SLURM_CPUS_PER_TASK:+--cpus-per-task "$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1)
   srun+=(bash "$root/launch.sh" ${original[@]+"${original[@]}"})
 fi
@@ -223,18 +222,18 @@ if [ -z "$dry_run" ]; then
   if ((${node_rank:-0} > 0)); then require_environment; else prepare_environment; fi
 fi
 if [ -n "$only_install" ]; then exit 0; fi
-master_port=${master_port:-$(find_free_port)}
-here=$root/
-if [ "$PWD" -ef "$root" ]; then here=; fi
-choose_device
-if [ -n "$dry_run" ]; then
-  print_commands
-  exit 0
-fi
-[ -n "$own_ds_config" ] || check_compiler
-if [ -n "$srun" ]; then
+if [ -n "$srun" ] && [ -z "$dry_run" ]; then # the nodes have the GPUs, not this machine
   command=("${srun[@]}")
 else
+  master_port=${master_port:-$(find_free_port)}
+  here=$root/
+  if [ "$PWD" -ef "$root" ]; then here=; fi
+  choose_device
+  if [ -n "$dry_run" ]; then
+    print_commands
+    exit 0
+  fi
+  [ -n "$own_ds_config" ] || check_compiler
   if [ "$launcher" = deepspeed ] && ((${#hosts[@]})) && [ -z "$node_rank" ]; then
     command -v pdsh >/dev/null ||
       fail "the deepspeed launcher starts other nodes with pdsh, which is not installed; install it," \
@@ -246,18 +245,5 @@ else
   choose_command
 fi
 say "${command[*]}"
-# deepspeed leaves its ranks running when it is killed itself. In a process group of their own, all
-# of them get the signal that ends this script.
-set -m
-"${command[@]}" &
-group=$!
-is_asked=
-trap 'is_asked=yes; kill -TERM -- "-$group" 2>/dev/null' INT TERM HUP
-code=0
-wait "$group" || code=$?
-if [ -n "$is_asked" ]; then # the launcher may be gone before its ranks have saved
-  while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
-  code=0
-  wait "$group" || code=$? # the command's own; the first wait ended with the signal
-fi
+supervise "${command[@]}"
 exit "$code"

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import cpuinfo
 import pytest
@@ -10,6 +11,11 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from unidec_ds.extensions import remember_cpu_flags
 
+from unidec_ds.ds_config import load_ds_config
+from unidec_ds.engine import check_launch
+from unidec_ds.errors import UserError
+
+CPU = Path(__file__).parents[1] / "ds_configs" / "cpu.json"
 COUNT_FAULTS = """
 import resource
 import torch
@@ -48,3 +54,22 @@ def test_the_cpus_flags_are_asked_for_once_for_all_kernels(monkeypatch):
         assert CPUAdamBuilder().simd_width().startswith("-D__")
     assert len(answers) == 1
     assert answers[0]["arch"]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_that_no_launcher_has_made_ranks_do_not_train_each_alone(no_launcher, name):
+    ds_config = load_ds_config(CPU, batch_size=8, world_size=1)
+    no_launcher.setenv(name, "1")
+    check_launch(ds_config, batch_size=8)
+    no_launcher.setenv(name, "8")
+    with pytest.raises(UserError, match=rf"8 processes were started \({name}\).*launch\.sh"):
+        check_launch(ds_config, batch_size=8)
+    no_launcher.setenv("WORLD_SIZE", "2")  # by torchrun, in one of the tasks
+    check_launch(ds_config, batch_size=8)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from unidec_ds import interruption
 from unidec_ds.interruption import StopRequests
@@ -70,6 +71,20 @@ def test_what_launchers_ignore_for_us_is_noted():
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL  # nothing is left to save
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def leave_with_an_error_and_get_sigterm():
+    try:
+        with StopRequests():
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "still here to say so"
+
+
+def test_a_rank_that_fails_is_not_ended_by_its_launcher_before_it_says_so():
+    """torchrun sends SIGTERM 0.1 s after another rank is gone."""
+    assert run_ranks(2, leave_with_an_error_and_get_sigterm) == ["still here to say so"] * 2
 
 
 def test_another_thread_than_the_main_one_listens_to_nothing():

@@ -1,46 +1,42 @@
 """The same train.py under every launcher gives the same first losses; runs are used afterwards."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from clusters_page import LAUNCHERS, commands, runnable
+from launching import BIN, ROOT, environment
+from ranks import free_port
 from tiny import make_inputs, write_recipe_file
 from training import read_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.kernel]
 
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
+FAR_BELOW_THE_TIMEOUT_S = 240  # which is 30 minutes
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(launcher, inputs, run, *options):
-    command = [
-        *launcher,
-        str(ROOT / "train.py"),
-        "--recipe",
-        str(inputs / "recipe.yaml"),
-        "--ds_config",
-        str(inputs / "ds_config.json"),
-        "--output",
-        str(run),
-        *options,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        environment.pop(name, None)
+def start(command):
+    """Runs a command to its end, which a rank that waits for ever would not let it reach."""
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+        command, cwd=ROOT, env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True, text=True, timeout=FAR_BELOW_THE_TIMEOUT_S,
+    )  # fmt: skip
+
+
+def job(inputs, run, *options):
+    return ["--recipe", str(inputs / "recipe.yaml"), "--output", str(run), *options]
+
+
+def train_alone(inputs, run, *options):
+    ds_config = ["--ds_config", str(inputs / "ds_config.json")]
+    return start([sys.executable, "train.py", *ds_config, *job(inputs, run, *options)])
+
+
+def on_two_ranks(launcher, inputs, run, *options):
+    """Returns the command of docs/clusters.md for eight GPUs with two CPU ranks."""
+    command = commands("Eight GPUs")[launcher]
+    return runnable(command, inputs, job(inputs, run, *options), free_port())
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +48,16 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(inputs):
-    done = launch([sys.executable], inputs, inputs / "plain")
+    done = train_alone(inputs, inputs / "plain")
     assert done.returncode == 0, done.stderr
     return done
-
-
-LAUNCHERS = {
-    "deepspeed": lambda: [
-        str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port(),
-    ],
-    "accelerate": lambda: [
-        str(BIN / "accelerate"), "launch", "--use_deepspeed", "--num_processes", "2",
-        "--main_process_port", free_port(),
-    ],
-    "torchrun": lambda: [
-        str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(),
-    ],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_two_ranks_under_each_launcher_follow_the_losses_of_one_process(
     inputs, plain, tmp_path, name
 ):
-    done = launch(LAUNCHERS[name](), inputs, tmp_path / "run")
+    done = start(on_two_ranks(name, inputs, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     one, two = read_losses(inputs / "plain"), read_losses(tmp_path / "run")
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
@@ -105,7 +87,7 @@ def test_a_run_directory_follows_the_contract(inputs, plain):
 
 
 def test_a_finished_run_is_reused_evaluated_and_asked(inputs, plain, tmp_path):
-    again = launch([sys.executable], inputs, inputs / "plain", "--resume", "auto")
+    again = train_alone(inputs, inputs / "plain", "--resume", "auto")
     assert again.returncode == 0, again.stderr
 
     def command(*arguments, **options):
@@ -148,8 +130,32 @@ def test_a_finished_run_is_reused_evaluated_and_asked(inputs, plain, tmp_path):
 
 
 def test_a_wrong_input_leaves_with_2_under_python_and_deepspeed(inputs, tmp_path):
-    for launcher in ([sys.executable], LAUNCHERS["deepspeed"]()):
-        done = launch(launcher, inputs, tmp_path / "run", "--set", "train.epochs=0")
+    wrong = (inputs, tmp_path / "run", "--set", "train.epochs=0")
+    for done in (train_alone(*wrong), start(on_two_ranks("deepspeed", *wrong))):
         assert done.returncode == 2
         assert done.stderr.count("train.epochs: found 0") == 1
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("how", ["exception", "kill"])
+def test_a_failure_under_a_launcher_is_told_once_and_ends_the_job(inputs, tmp_path, launcher, how):
+    command = on_two_ranks(launcher, inputs, tmp_path / "run")
+    place = command.index("train.py")
+    command[place : place + 1] = ["tests/failing_rank.py", how, "1"]
+    if launcher == "deepspeed":
+        command.insert(1, "--no_local_rank")  # an option that would come before these two words
+    done = start(command)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count("[rank 0] stopped: rank 1 (host ") == 1, said
+    assert said.count("[rank 1] stopped") == 0
+    assert said.count("[rank 0] Traceback") == 0
+    if how == "exception":
+        assert said.count("[rank 1] Traceback") == 1
+        assert said.count("[rank 1] ZeroDivisionError: our own fault") == 1
+        assert "failed: ZeroDivisionError: our own fault" in said
+    else:
+        assert said.count("[rank 1]") == 0
+        assert "is gone: its process was killed" in said
+    assert len(read_losses(tmp_path / "run")) == 3

@@ -30,6 +30,8 @@ from unidec_ds.lifeline import DEFAULT_TIMEOUT
 from unidec_ds.optim import LearningRates, OptimizerConfig, parameter_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# What SLURM's, Open MPI's and MPICH's launchers tell a process of the number that they started.
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's <malloc.h>
 
 
@@ -46,9 +48,11 @@ def launched_rank() -> int:
 def check_launch(ds_config: DsConfig, batch_size: int) -> None:
     """Raises UserError where this launch cannot train; makes no process group.
 
-    Checks the world size against the batch, the ZeRO section against DeepSpeed's own schema, and
-    that a ds_config given to `accelerate launch` is the one given to `--ds_config`.
+    Checks that several processes were made ranks of one job, the world size against the batch, the
+    ZeRO section against DeepSpeed's own schema, and that a ds_config given to `accelerate launch`
+    is the one given to `--ds_config`.
     """
+    _check_started_as_ranks()
     world_size = launched_world_size()
     if world_size > batch_size:
         raise UserError(
@@ -289,6 +293,21 @@ class Engine:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norms = torch.stack([gradient.float().norm() for gradient in gradients])
         return float(norms.norm())
+
+
+def _check_started_as_ranks() -> None:
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name in _TASK_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(
+                f"{count} processes were started ({name}), but nothing has made them ranks of one "
+                "job (WORLD_SIZE is not set): each would train alone, all in one run directory. "
+                "Start one a node that starts its ranks: `srun --ntasks-per-node=1 bash launch.sh "
+                "...` or torchrun (docs/clusters.md); for one process alone `srun --ntasks=1`, or "
+                f"unset {name}"
+            )
 
 
 def _check_zero_section(ds_config: DsConfig) -> None:

@@ -44,6 +44,9 @@ class StopRequests:
     which `launch.sh` ignores for the launchers between it and the ranks. In another thread than the
     main one nothing can listen, and the signals keep their effect.
 
+    A rank that leaves with an error ignores SIGTERM from then on: launchers send it as soon as
+    another rank is gone, and it would not get to say why it stopped.
+
     Attributes:
         agreed: names of the signals that any rank had noted at the last `exchange`, the same on
             every rank.
@@ -91,6 +94,8 @@ class StopRequests:
         for number, handler in self._before.items():
             if handler is signal.SIG_IGN:  # SIGUSR1: all is saved, the warning ends what is left
                 handler = signal.SIG_DFL
+            if number == signal.SIGTERM and error is not None and comm.world_size() > 1:
+                handler = signal.SIG_IGN
             signal.signal(number, handler)
         self._before = {}
         if self._wakeup is not None:
