@@ -9,11 +9,10 @@ import cpuinfo
 import pytest
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
-from unidec_ds.extensions import remember_cpu_flags
-
 from unidec_ds.ds_config import load_ds_config
 from unidec_ds.engine import check_launch
 from unidec_ds.errors import UserError
+from unidec_ds.extensions import remember_cpu_flags
 
 CPU = Path(__file__).parents[1] / "ds_configs" / "cpu.json"
 COUNT_FAULTS = """
