@@ -198,17 +198,14 @@ def conclusions(epochs: list[Figures]) -> list[str]:
 
 
 def plot(figures: list[Figures]) -> results.LogLogPlot:
-    """Returns the step over the number of labels, on one rank."""
-    lines = {
-        system: [
-            (f["labels"], 1e3 * f["step_s"])
-            for f in figures
-            if (f["system"], f["world_size"]) == (system, 1)
-        ]
-        for system in dict.fromkeys(f["system"] for f in figures)
-    }
+    """Returns the step over the number of labels, on one rank; * where some are extrapolated."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for system in dict.fromkeys(f["system"] for f in figures):
+        own = [f for f in figures if (f["system"], f["world_size"]) == (system, 1)]
+        name = f"{system} *" if any(f["extrapolated"] for f in own) else system
+        lines[name] = [(f["labels"], 1e3 * f["step_s"]) for f in own]
     return results.LogLogPlot(
-        title="A training step, all labels against a pool",
+        title="A training step, all labels against a pool (* extrapolated at the largest sizes)",
         x_label="labels",
         y_label="step, ms",
         lines=lines,
