@@ -136,6 +136,7 @@ def run_job(job: Job, lifeline: Lifeline = ALONE) -> None:
         resume_from=resume_from,
         warm_start=job.warm_start,
     )
+    trainer.stop_requests.has_failed = lambda: lifeline.verdict is not None
     try:
         trainer.fit()
         report = evaluate_and_report(trainer)
