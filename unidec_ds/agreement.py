@@ -15,10 +15,8 @@ ds_config and versions. Folders of `nvme_path` belong to their node; nothing is 
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,8 @@ from unidec_ds.data.corpus import Corpus
 from unidec_ds.ds_config import DsConfig
 from unidec_ds.errors import UserError
 from unidec_ds.lifeline import Lifeline
-from unidec_ds.manifest import read_manifest
-
-STORAGE_PATIENCE_S = 30.0
-"""How long a file that another node wrote may take to appear; NFS keeps what it knows of a folder
-for as long as this."""
+from unidec_ds.manifest import manifest_digest, read_manifest
+from unidec_ds.shared_storage import appears
 
 _PACKAGES = ("unidec_ds", "torch", "deepspeed", "accelerate", "transformers")
 _OWN_KEYS = ("corpus.path", "corpus.prepared_dir")  # a node may keep its copy elsewhere
@@ -45,8 +40,18 @@ def check_agreement(
     ds_config: DsConfig,
     corpus: Corpus,
     resume_from: Path | None,
+    begin_from: Path | None,
 ) -> None:
     """Compares what the ranks have found; leaves no run directory behind.
+
+    Args:
+        lifeline: to the other ranks.
+        run: the run directory.
+        recipe: what is to be trained.
+        ds_config: how.
+        corpus: on what.
+        resume_from: the checkpoint of this run to go on from.
+        begin_from: the checkpoint of another run to begin with.
 
     Raises:
         UserError: on every rank alike, with all differences, where they are and what to do.
@@ -65,6 +70,7 @@ def check_agreement(
             "corpus_folder": str(corpus.path.resolve()),
             "run": str(run.resolve()),
             "step": _step(resume_from),
+            "begin_from": _checkpoint(begin_from),
         },
     )
     hosts = [str(found["host"]) for found in ranks]
@@ -77,7 +83,7 @@ def check_agreement(
             "there: name a folder on storage that every node mounts (NFS, Lustre, ...)."
         )
     else:
-        faults += _step_faults(ranks, hosts)
+        faults += _step_faults(ranks, hosts) or _warm_start_faults(ranks, hosts)
     if faults:
         raise UserError("the ranks cannot train together:\n  " + "\n  ".join(faults))
 
@@ -122,6 +128,21 @@ def _step_faults(ranks: list[dict[str, Any]], hosts: list[str]) -> list[str]:
     ]
 
 
+def _warm_start_faults(ranks: list[dict[str, Any]], hosts: list[str]) -> list[str]:
+    first = ranks[0]["begin_from"]
+    others = [
+        rank for rank, found in enumerate(ranks) if found["begin_from"][:2] != first[:2]
+    ]  # its folder may have another name on another node
+    if not others:
+        return []
+    other = ranks[others[0]]["begin_from"]
+    return [
+        f"--init_from: {_name(others, hosts)} would begin {_describe(other)}, "
+        f"{_name([0], hosts)} {_describe(first)}. Start every rank with the same command, once "
+        "every node sees that run's newest checkpoint."
+    ]
+
+
 def _ranks_that_do_not_see(run: Path, lifeline: Lifeline) -> list[int]:
     """Returns the ranks that do not find in the run directory what rank 0 writes there."""
     nonce = ""
@@ -143,24 +164,26 @@ def _mark(run: Path, nonce: str) -> Path:
 
 
 def _finds(run: Path, nonce: str) -> bool:
-    deadline = time.monotonic() + STORAGE_PATIENCE_S
-    while True:
-        try:
-            for folder in (run.parent, run):
-                os.listdir(folder)  # makes an NFS client ask the server again
-            if _mark(run, nonce).read_text(encoding="ascii") == nonce:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
+    mark = _mark(run, nonce)
+    return appears(lambda: mark.read_text(encoding="ascii") == nonce, run.parent, run)
 
 
 def _step(resume_from: Path | None) -> str:
     if resume_from is None:
         return "step 0"
     return f"step {read_manifest(resume_from)['step']}"
+
+
+def _checkpoint(folder: Path | None) -> tuple[int, str, str]:
+    """Returns a checkpoint's step, what tells it from others, and where it is."""
+    if folder is None:
+        return 0, "", ""
+    return int(read_manifest(folder)["step"]), manifest_digest(folder), str(folder)
+
+
+def _describe(checkpoint: list[Any]) -> str:
+    step, digest, folder = checkpoint
+    return f"with {folder} (step {step}, manifest {digest[:8]})" if folder else "anew"
 
 
 def _versions() -> dict[str, str]:

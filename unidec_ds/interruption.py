@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -50,10 +50,13 @@ class StopRequests:
     Attributes:
         agreed: names of the signals that any rank had noted at the last `exchange`, the same on
             every rank.
+        has_failed: returns whether a rank has failed. A launcher then asks the others to stop;
+            nothing will be saved, and that is not promised.
     """
 
     def __init__(self) -> None:
         self.agreed: tuple[str, ...] = ()
+        self.has_failed: Callable[[], bool] = lambda: False
         self._noted: set[int] = set()
         self._first_s: float | None = None
         self._before: dict[int, Any] = {}
@@ -120,10 +123,11 @@ class StopRequests:
                     continue
                 if self._first_s is None:
                     self._first_s = time.monotonic()
-                    self._say(
-                        f"{signal.Signals(number).name}: stopping as soon as the step under way is "
-                        "done and saved; send it again to stop at once"
-                    )
+                    if not self.has_failed():
+                        self._say(
+                            f"{signal.Signals(number).name}: stopping as soon as the step under "
+                            "way is done and saved; send it again to stop at once"
+                        )
                 elif time.monotonic() - self._first_s > REPEAT_S:
                     self._say(f"{signal.Signals(number).name}: stopping at once, nothing is saved")
                     os._exit(128 + number)

@@ -61,6 +61,8 @@ class Job:
     warm_start: WarmStart | None = None
     is_auto: bool = False
     """Whether a damaged checkpoint may be passed over for the one before it."""
+    report: str | None = None
+    """That of a run which is finished, the same on every rank: nothing is left to train."""
 
 
 def prepare_job(
@@ -96,9 +98,14 @@ def prepare_job(
             show_progress=launched_rank() == 0,
         )
     warm_start = choose_warm_start(run, init_from, resume, resume_from, recipe, corpus)
-    check_agreement(lifeline, run, recipe, ds_config, corpus, resume_from)
+    begin_from = warm_start.checkpoint if warm_start is not None else None
+    check_agreement(lifeline, run, recipe, ds_config, corpus, resume_from, begin_from)
+    # Only rank 0 looks: a rank that finds an older report than the others would leave them, or
+    # wait for them.
+    report = finished_report(run, resume_from) if lifeline.rank == 0 else None
+    report = lifeline.exchange("finished", report)[0]
     check_run_fits(recipe, ds_config, corpus, run)
-    return Job(recipe, ds_config, corpus, run, resume_from, warm_start, resume == "auto")
+    return Job(recipe, ds_config, corpus, run, resume_from, warm_start, resume == "auto", report)
 
 
 def run_job(job: Job, lifeline: Lifeline = ALONE) -> None:
@@ -109,10 +116,9 @@ def run_job(job: Job, lifeline: Lifeline = ALONE) -> None:
     Raises:
         StoppedError: on every rank; a signal came, a number is not finite, or the disk is full.
     """
-    report = finished_report(job.run, job.resume_from)
-    if report is not None:
+    if job.report is not None:
         if launched_rank() == 0:
-            print(f"{job.run} is finished\n\n{report}")
+            print(f"{job.run} is finished\n\n{job.report}")
         return
     if job.recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -136,6 +142,7 @@ def run_job(job: Job, lifeline: Lifeline = ALONE) -> None:
         resume_from=resume_from,
         warm_start=job.warm_start,
     )
+    trainer.stop_requests.has_failed = lambda: lifeline.verdict is not None
     try:
         trainer.fit()
         report = evaluate_and_report(trainer)

@@ -40,6 +40,7 @@ LEAVE_WITHIN_S = 10.0
 
 _PREFER_CAUSE_S = 2.0  # so long a report of "my peer is gone" waits for the peer's own report
 _CONNECT_S = 10.0
+_FIRST_WORD_S, _NEXT_WORD_S = 30.0, 180.0  # when a rank says what it waits for, and says it again
 _GONE = (
     "is gone: its process was killed (by the system for want of memory? `dmesg` on its host says "
     "so) or its machine was lost"
@@ -136,12 +137,18 @@ class Lifeline:
     def rank_0_first(self, key: str) -> Iterator[None]:
         """Runs the body on rank 0 and then on the others, which wait as long as it takes.
 
+        One of them on each node says now and then that it waits.
+
+        Args:
+            key: names this turn in what is said; each may be used once.
+
         Raises:
             PeerFailedError: rank 0 failed.
         """
         if self._store is not None and self.rank > 0:
             # Whoever has no connection would not learn that rank 0 has failed.
-            self._wait_for([key], None if self._connections else self.timeout.total_seconds())
+            timeout_s = None if self._connections else self.timeout.total_seconds()
+            self._wait_for([key], timeout_s, f"rank 0 to be done with the {key}")
         yield
         if self._store is not None and self.rank == 0:
             self._store.set(key, "done")
@@ -304,10 +311,23 @@ class Lifeline:
         print(f"[rank {self.rank}] stopped: {self.verdict.describe()}", file=sys.stderr, flush=True)
         os._exit(self.verdict.exit_code)
 
-    def _wait_for(self, keys: list[str], timeout_s: float | None) -> None:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def _wait_for(self, keys: list[str], timeout_s: float | None, what: str = "") -> None:
+        """Waits for keys of the store; with `what`, says so on one rank of each node."""
+        start = time.monotonic()
+        deadline = None if timeout_s is None else start + timeout_s
+        # Rank 1 speaks for the node of rank 0, which may hang, and for its own.
+        speaks = what and (self.rank == 1 or os.environ.get("LOCAL_RANK") == "0")
+        say_at = start + _FIRST_WORD_S if speaks else float("inf")
         pause_s = 0.01
         while not self._store.check(keys):
+            if time.monotonic() > say_at:
+                waited_s = time.monotonic() - start
+                print(
+                    f"[rank {self.rank}] waits for {what}: {waited_s:.0f} s so far",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                say_at += _NEXT_WORD_S
             if self._decided.wait(pause_s) and not self._store.check(keys):
                 assert self.verdict is not None
                 raise PeerFailedError(self.verdict.describe())
@@ -337,7 +357,8 @@ class Lifeline:
         """Closes a forked child's copies, which would outlive this process."""
         for connection in (*self._connections.values(), self._listener):
             if connection is not None:
-                connection.close()
+                with suppress(OSError):  # closed already
+                    os.close(connection.detach())  # `close` waits for the stream that reads it
 
 
 ALONE = Lifeline()

@@ -10,7 +10,7 @@ from data.raw_corpora import random_content, write_renee
 from ranks import run_ranks
 from tiny import make_inputs, write_recipe_file
 
-from unidec_ds import agreement
+from unidec_ds import shared_storage
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def prepare_on_this_rank(options):
     from unidec_ds.job import prepare_job
     from unidec_ds.lifeline import Lifeline
 
-    agreement.STORAGE_PATIENCE_S = 1.0
+    shared_storage.PATIENCE_S = 1.0
     lifeline = Lifeline.of_launch()
     recipe, ds_config, corpus, run, resume = options[lifeline.rank]
     lifeline.open(timedelta(seconds=60))

@@ -46,14 +46,15 @@ def run_job(inputs, run, *how, options=((), ())):
     return [process.returncode for process in processes], said
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_ends_the_other_which_names_it(inputs, tmp_path, killed):
-    codes, said = run_job(inputs, tmp_path / "run", "kill", str(killed))
+@pytest.mark.parametrize(("how", "killed"), [("kill", 0), ("kill and stop", 1)])
+def test_a_killed_rank_ends_the_other_which_names_it(inputs, tmp_path, how, killed):
+    codes, said = run_job(inputs, tmp_path / "run", how, str(killed))
     survivor = 1 - killed
     assert codes[killed] == -signal.SIGKILL, said
     assert codes[survivor] == 1
     assert said[survivor].count(f"[rank {survivor}] stopped: rank {killed} (host ") == 1
     assert "is gone: its process was killed" in said[survivor]
+    assert "SIGTERM" not in said[survivor]  # nothing will be saved, nothing is promised
     assert "Traceback" not in "".join(said)
     assert len(read_losses(tmp_path / "run")) == 3
 
@@ -92,5 +93,15 @@ def test_a_wrong_option_on_one_rank_ends_all_before_training(inputs, tmp_path):
     assert "error: " in said[1]
     assert "train.epochs: found 0" in said[1]
     assert "[rank 0] stopped: rank 1 (host " in said[0]
+    assert "Traceback" not in "".join(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_see_two_run_directories_end_with_2_and_one_message(inputs, tmp_path):
+    options = ((), ("--output", str(tmp_path / "own")))
+    codes, said = run_job(inputs, tmp_path / "run", "impatient", "none", options=options)
+    assert codes == [2, 2]
+    assert "".join(said).count("error: the ranks cannot train together") == 1
+    assert "".join(said).count(f"did not find in {tmp_path / 'own'} what rank 0 (host ") == 1
     assert "Traceback" not in "".join(said)
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,12 @@
 """A run begun from another one: its weights, its rows by label, its scores; the rest from texts."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
+import socket
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +14,12 @@ import pytest
 import torch
 from data.raw_corpora import Content, random_content, tables, write
 from ranks import run_ranks
+from stopping import PRELOAD
 from tiny import make_encoder, write_recipe_file
 from torch.nn.functional import normalize
 from training import whole_rows
 
+from unidec_ds import checkpoint
 from unidec_ds.assembly import load_run
 from unidec_ds.checkpoint import latest
 from unidec_ds.classifier.storage import Placement
@@ -24,6 +31,8 @@ from unidec_ds.data.uids import UidDigests
 from unidec_ds.embedding import embed
 from unidec_ds.errors import CheckpointError, UserError
 from unidec_ds.job import prepare_job, run_job
+from unidec_ds.lifeline import Lifeline
+from unidec_ds.manifest import read_manifest
 from unidec_ds.warm_start import plan_warm_start
 
 pytestmark = pytest.mark.slow
@@ -114,6 +123,58 @@ def rows_only(recipe: Path, init_from: Path):
     return {"state": state, "rows": table.state(), "details": warm_start.details}
 
 
+def begin_on_this_rank(recipe: str, ds_config: str, run: str, init_from: list[str | None]):
+    """Returns what the job's checks say on this rank, "" for nothing."""
+    lifeline = Lifeline.of_launch()
+    source = init_from[lifeline.rank]
+    lifeline.open(timedelta(seconds=60))
+    try:
+        prepare_job(
+            load_recipe(recipe),
+            Path(ds_config),
+            Path(run),
+            init_from=Path(source) if source else None,
+            lifeline=lifeline,
+        )
+    except UserError as error:
+        return str(error)
+    finally:
+        lifeline.close()
+    return ""
+
+
+class StaleView(Lifeline):
+    """That of a rank which, once it has seen the run directory, sees it as it was before."""
+
+    view, before = Path(), Path()
+
+    def exchange(self, key, value):
+        found = super().exchange(key, value)
+        if key == "run directory seen":
+            self.view.unlink()
+            self.view.symlink_to(self.before)
+        return found
+
+
+def continue_with_a_stale_view(recipe: str, ds_config: str, run: str, before: str, view: str):
+    """Continues a finished run, which rank 1 finds unfinished; returns what is said."""
+    lifeline = Lifeline.of_launch()
+    if lifeline.rank == 1:
+        lifeline = StaleView(1, 2)
+        lifeline.view, lifeline.before = Path(view), Path(before)
+        lifeline.view.symlink_to(run)
+        run = view
+    lifeline.open(timedelta(seconds=30))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        job = prepare_job(
+            load_recipe(recipe), Path(ds_config), Path(run), "auto", lifeline=lifeline
+        )
+        run_job(job, lifeline)
+    lifeline.close()
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -125,7 +186,12 @@ def inputs(tmp_path_factory):
     uids[40] = uids[10]  # a uid that repeats: targets mean the first
     write_tables(folder / "raw", content, uids)
     write_tables(folder / "grown", *changed(content, uids))
-    recipe = write_recipe_file(folder, corpus={"path": str(folder / "raw")}, train={"epochs": 2})
+    recipe = write_recipe_file(
+        folder,
+        corpus={"path": str(folder / "raw")},
+        train={"epochs": 2},
+        checkpoint={"every_steps": 7, "keep": 2},
+    )
     arguments = (str(recipe), str(folder / "ds_config.json"), str(folder / "source"), None, None)
     run_ranks(2, train, *arguments, join=False)
     return folder
@@ -236,6 +302,48 @@ def test_what_does_not_fit_is_refused(inputs, tmp_path):
     (empty / "config.yaml").write_text((source / "config.yaml").read_text())
     with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
         prepare(empty)
+
+
+def test_ranks_that_begin_from_different_checkpoints_are_named(inputs, tmp_path):
+    """They would wait for each other in different collectives."""
+    source, older = inputs / "source", tmp_path / "older"
+    shutil.copytree(source, older)
+    checkpoints = checkpoint.newest_first(older)
+    shutil.rmtree(checkpoints[0])
+    (older / "checkpoints" / "latest").write_text(checkpoints[1].name + "\n")
+
+    def begin(*init_from):
+        ours = [str(path) if path else None for path in init_from]
+        arguments = map(str, (inputs / "recipe.yaml", inputs / "ds_config.json", tmp_path / "run"))
+        return run_ranks(2, begin_on_this_rank, *arguments, ours, join=False, preload=PRELOAD)
+
+    newest = latest(source)
+    described = f"with {newest} (step {read_manifest(newest)['step']}, manifest "
+    said = begin(source, None)
+    assert said[0] == said[1]
+    assert "--init_from: rank 1 (host " in said[0]
+    assert f"would begin anew, rank 0 (host {socket.gethostname()}) {described}" in said[0]
+    said = begin(older, source)
+    assert said[0] == said[1]
+    assert f"rank 1 (host {socket.gethostname()}) would begin {described}" in said[0]
+    assert f" with {latest(older)} (step {read_manifest(latest(older))['step']}, " in said[0]
+    shutil.copytree(source, tmp_path / "copy")
+    assert begin(source, tmp_path / "copy") == ["", ""]
+
+
+def test_a_rank_that_does_not_see_the_report_leaves_a_finished_run_with_the_others(
+    inputs, tmp_path
+):
+    source, before = inputs / "source", tmp_path / "before"
+    shutil.copytree(source, before)
+    (before / "report.txt").unlink()
+    arguments = (inputs / "recipe.yaml", inputs / "ds_config.json", source, before)
+    said = run_ranks(
+        2, continue_with_a_stale_view, *map(str, arguments), str(tmp_path / "view"),
+        join=False, preload=PRELOAD,
+    )  # fmt: skip
+    assert said[0].startswith(f"{source} is finished\n\ntest set, ")
+    assert said[1] == ""
 
 
 def test_digests_match_row_by_row():

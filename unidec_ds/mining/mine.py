@@ -171,7 +171,7 @@ def mine(
     comm.barrier()
     if index is not None and comm.is_main():
         index.remove()
-    return open_mined(folder, epoch)
+    return open_mined(folder, epoch, is_new=True)
 
 
 def is_exact(config: MiningConfig, queries_ND: Tensor, num_labels: int) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidec_ds.errors import CheckpointError
+from unidec_ds.shared_storage import appears
 
 _SHORTLISTS, _CLUSTERS, _RECORD = "shortlists.npy", "clusters.npy", "mined.json"
 
@@ -82,13 +83,20 @@ class Mined:
         }
 
 
-def open_mined(folder: Path, epoch: int) -> Mined:
+def open_mined(folder: Path, epoch: int, *, is_new: bool = False) -> Mined:
     """Opens, memory-mapped, what `write_mined` wrote for `epoch`.
+
+    Args:
+        folder: where it is.
+        epoch: the epoch that it was mined for.
+        is_new: whether it was written just now, maybe by another node; it may show late then.
 
     Raises:
         CheckpointError: it is not there, or damaged.
     """
     place = _folder(folder, epoch)
+    if is_new:
+        appears(lambda: is_mined(folder, epoch), folder.parent, folder)
     try:
         record = json.loads((place / _RECORD).read_text(encoding="utf-8"))
         clusters = np.load(place / _CLUSTERS, mmap_mode="r") if record["clusters"] else None
