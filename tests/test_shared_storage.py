@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from stopping import PRELOAD
 
 from unidec_ds import shared_storage
 from unidec_ds.shared_storage import appears
@@ -86,8 +85,6 @@ def test_a_rank_waits_for_shortlists_that_show_late(tmp_path):
     make_raw_corpus(tmp_path / "raw", num_train=90, num_labels=60)
     encoder = make_encoder(tmp_path / "encoder")
     prepare(tmp_path / "raw", tmp_path / "out", encoder=encoder, max_length=8)
-    found = run_ranks(
-        2, mine_where_rank_1_sees_it_late, tmp_path, tmp_path / "run", preload=PRELOAD
-    )
+    found = run_ranks(2, mine_where_rank_1_sees_it_late, tmp_path, tmp_path / "run")
     np.testing.assert_array_equal(found[0], found[1])
     assert (found[0] >= 0).any()

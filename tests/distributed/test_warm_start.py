@@ -14,7 +14,6 @@ import pytest
 import torch
 from data.raw_corpora import Content, random_content, tables, write
 from ranks import run_ranks
-from stopping import PRELOAD
 from tiny import make_encoder, write_recipe_file
 from torch.nn.functional import normalize
 from training import whole_rows
@@ -315,7 +314,7 @@ def test_ranks_that_begin_from_different_checkpoints_are_named(inputs, tmp_path)
     def begin(*init_from):
         ours = [str(path) if path else None for path in init_from]
         arguments = map(str, (inputs / "recipe.yaml", inputs / "ds_config.json", tmp_path / "run"))
-        return run_ranks(2, begin_on_this_rank, *arguments, ours, join=False, preload=PRELOAD)
+        return run_ranks(2, begin_on_this_rank, *arguments, ours, join=False)
 
     newest = latest(source)
     described = f"with {newest} (step {read_manifest(newest)['step']}, manifest "
@@ -340,7 +339,7 @@ def test_a_rank_that_does_not_see_the_report_leaves_a_finished_run_with_the_othe
     arguments = (inputs / "recipe.yaml", inputs / "ds_config.json", source, before)
     said = run_ranks(
         2, continue_with_a_stale_view, *map(str, arguments), str(tmp_path / "view"),
-        join=False, preload=PRELOAD,
+        join=False,
     )  # fmt: skip
     assert said[0].startswith(f"{source} is finished\n\ntest set, ")
     assert said[1] == ""
