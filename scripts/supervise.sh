@@ -61,12 +61,13 @@ supervise() {
   set -m # a process group of its own, which a terminal may not read from
   "$@" </dev/null &
   launched=$!
+  set +m
   trap warn USR1
   trap stop INT TERM HUP
   while [ -n "$is_interrupted" ]; do # a signal that is passed on ends the wait
     is_interrupted=
     code=0
-    wait "$launched" || code=$?
+    wait "$launched" 2>/dev/null || code=$? # that a signal ended it is for its ranks to say
   done
   # The launcher may be gone before its ranks have saved.
   while [ -n "$is_asked" ] && kill -0 -- "-$launched" 2>/dev/null; do sleep 0.2; done
