@@ -68,25 +68,15 @@ torch_version() {
   "$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true
 }
 
-# Without an NVIDIA GPU the small CPU build of torch spares gigabytes. Where it is not to be had,
-# the main installation takes the usual build.
-install_cpu_torch() {
-  if [ -n "$(torch_version)" ] || command -v nvidia-smi >/dev/null; then
-    return
-  fi
-  say "no NVIDIA GPU: installing the CPU build of torch"
-  "$python" -m pip install --quiet --no-deps --retries 0 --timeout 15 \
-    --index-url https://download.pytorch.org/whl/cpu \
-    "$(grep '^torch==' "$root/constraints.txt")" 2>/dev/null ||
-    say "the CPU build cannot be had here; installing the usual one"
-}
-
 install() {
   local extra=$1 constraints torch
-  install_cpu_torch
   constraints=$(mktemp)
   torch=$(torch_version)
-  # A torch that is already there, built for this machine's GPU perhaps, stays.
+  if [ -z "$torch" ] && ! command -v nvidia-smi >/dev/null; then
+    say "no NVIDIA GPU, and no torch yet: pip may choose a build with gigabytes of CUDA. To spare them" \
+      "install torch's CPU build first (https://pytorch.org/get-started/locally); it is kept"
+  fi
+  # A torch that is already there, built for this machine's GPU or for its CPU alone, stays.
   sed "s/^torch==.*/torch==${torch:-$(sed -n 's/^torch==//p' "$root/constraints.txt")}/" \
     "$root/constraints.txt" >"$constraints"
   say "installing unidec_ds${extra:+[$extra]} into $(dirname "$(dirname "$python")")" \
