@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 import tracemalloc
@@ -287,4 +288,8 @@ def test_memory_does_not_grow_with_the_file(layout, tmp_path, monkeypatch):
         tracemalloc.stop()
         return bytes_used
 
-    assert peak(9000) < 1.2 * peak(4500) + 50_000
+    gc.disable()  # a collection between the two passes empties Python's stock of freed tuples
+    try:
+        assert peak(9000) < 1.2 * peak(4500) + 50_000
+    finally:
+        gc.enable()
